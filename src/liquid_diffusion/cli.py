@@ -1,0 +1,125 @@
+"""The command line. It parses and hands over; what it hands to is imported when a command runs."""
+
+from __future__ import annotations
+
+import sys
+from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any, get_type_hints
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+
+from liquid_diffusion.config import SampleConfig, TrainConfig, UserError
+
+_EXAMPLES = """
+examples:
+  liquid-diffusion train                                       emoji, on any machine, in minutes
+  liquid-diffusion train --data ./my_photos --image-size 256   your own pictures
+  liquid-diffusion sample runs/emoji-32 --n 16 --out grid.png  pictures from a run
+  liquid-diffusion datasets                                    what --data knows by name
+"""
+
+
+def _train(arguments: dict[str, Any]) -> int:
+    from liquid_diffusion.training.trainer import Trainer
+
+    trainer = Trainer(TrainConfig(**arguments))
+    if trainer.finished:
+        print(f"{trainer.run_folder} has reached its {trainer.step} steps; give more --steps to train on.")
+        return 0
+    print(trainer.summary())
+    if trainer.run():
+        print(f"Done: {trainer.run_folder}/samples. More pictures: liquid-diffusion sample {trainer.run_folder}")
+        return 0
+    print(f"Stopped at step {trainer.step}; all is saved. Go on: liquid-diffusion train --config {trainer.config_file}")
+    return 130
+
+
+def _sample(arguments: dict[str, Any]) -> int:
+    from liquid_diffusion.generate import generate
+
+    print(generate(arguments.pop("run"), SampleConfig(**arguments)))
+    return 0
+
+
+def _datasets(arguments: dict[str, Any]) -> int:
+    from liquid_diffusion.data.registry import describe
+
+    print(describe(as_json=arguments["json"]))
+    return 0
+
+
+_COMMANDS: dict[str, tuple[Callable[[dict[str, Any]], int], type | None, str]] = {
+    "train": (_train, TrainConfig, "train a generator, or go on with a run"),
+    "sample": (_sample, SampleConfig, "draw pictures with a trained one"),
+    "datasets": (_datasets, None, "list the data sets known by name"),
+}
+
+
+class _Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """Help as it is written, with the default where there is one; no types, which the texts tell better."""
+
+    def _get_help_string(self, action: Action) -> str:
+        silent = any(action.default is value for value in (None, False, SUPPRESS)) or not action.option_strings
+        return (action.help or "") + ("" if silent else f" ({action.default})")
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="liquid-diffusion",
+        usage="liquid-diffusion COMMAND [options]",
+        formatter_class=_Formatter,
+        description="Train and run small image generators without attention.",
+        epilog=_EXAMPLES,
+        version=_version(),
+    )
+    commands = parser.add_subcommands(required=True, dest="command", metavar="COMMAND")
+    for name, (_, config, text) in _COMMANDS.items():
+        usage = f"liquid-diffusion {name} {'RUN ' if name == 'sample' else ''}[options]"
+        command = ArgumentParser(usage=usage, description=text[0].upper() + text[1:] + ".", formatter_class=_Formatter)
+        if config is not None:
+            command.add_argument("--config", action="config", help="YAML file with any of these options")
+            hints = get_type_hints(config)
+            for option in fields(config):
+                flag = "--" + option.name.replace("_", "-")
+                command.add_argument(
+                    flag, type=hints[option.name], default=option.default, help=option.metadata["help"]
+                )
+        if name == "sample":
+            command.add_argument("run", type=str, help="run folder, pipeline folder or Hub id")
+        if name == "datasets":
+            command.add_argument("--json", type=bool, default=False, help="machine-readable")
+        commands.add_subcommand(name, command, help=text)
+    return parser
+
+
+def _version() -> str:
+    from liquid_diffusion import __version__
+
+    return __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code is 0, 2 for what a person can mend, 130 after Ctrl-C."""
+    parsed: Namespace = _parser().parse_args(argv)
+    command = parsed.command
+    arguments = parsed[command].as_dict()
+    arguments.pop("config", None)
+    try:
+        return _COMMANDS[command][0](arguments)
+    except UserError as error:
+        print(f"liquid-diffusion: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("liquid-diffusion: stopped.", file=sys.stderr)
+        return 130
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        print(
+            "liquid-diffusion: the memory is full; take a smaller --batch-size or --image-size, "
+            "or train with --gradient-checkpointing true.",
+            file=sys.stderr,
+        )
+        return 2

@@ -1,0 +1,185 @@
+"""Between pictures and what the model sees.
+
+A codec owns its scaling: pictures (B, 3, H, W) in [-1, 1] on one side, latents (B, C, H/factor, W/factor) of about
+zero mean and unit variance in each channel on the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, AutoencoderTiny
+from torch import Tensor
+
+from liquid_diffusion.config import UserError
+
+HUB_NAMES = {"sd-vae": "stabilityai/sd-vae-ft-mse", "taesd": "madebyollin/taesd"}
+
+
+class Codec(Protocol):
+    """What every codec does; `encode` and `decode` keep no gradient."""
+
+    factor: int
+    channels: int
+
+    def fit(self, batches: Iterable[Tensor]) -> None:
+        """Measure mean and standard deviation of each channel on pictures (B, 3, H, W) in [-1, 1]."""
+
+    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, channels, H/factor, W/factor)."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(B, channels, h, w) -> (B, 3, h*factor, w*factor) in [-1, 1]."""
+
+    def set_statistics(self, mean: list[float], std: list[float]) -> None:
+        """Take mean and standard deviation of each channel as they were measured before."""
+
+    def state(self) -> dict[str, Any]:
+        """What `make_codec` needs to make the same codec again, JSON-able."""
+
+
+class _Normalised:
+    """Mean and standard deviation of each raw channel."""
+
+    mean: Tensor
+    std: Tensor
+
+    def set_statistics(self, mean: list[float], std: list[float]) -> None:
+        self.mean, self.std = torch.tensor(mean), torch.tensor(std)
+
+    def _measure(self, raw: Iterable[Tensor]) -> None:
+        """Over all pixels of all raw latents (B, C, h, w); one pass, in float64."""
+        count, total, squares = 0, torch.zeros(()), torch.zeros(())
+        for latents in raw:
+            z = latents.double().cpu()
+            count += z.numel() // z.shape[1]
+            total = total + z.sum((0, 2, 3))
+            squares = squares + z.square().sum((0, 2, 3))
+        if not count:
+            raise ValueError("no pictures to measure the codec on")
+        mean = total / count
+        std = (squares / count - mean.square()).clamp_min(0).sqrt().clamp_min(1e-3)
+        self.set_statistics(mean.tolist(), std.tolist())
+
+    def _normalise(self, z: Tensor) -> Tensor:
+        return (z - self._as(z, self.mean)) / self._as(z, self.std)
+
+    def _denormalise(self, z: Tensor) -> Tensor:
+        return z * self._as(z, self.std) + self._as(z, self.mean)
+
+    @staticmethod
+    def _as(z: Tensor, statistics: Tensor) -> Tensor:
+        return statistics.to(z)[None, :, None, None]
+
+
+class PixelCodec(_Normalised):
+    """Space to depth: squares of `factor` x `factor` pixels become channels. No weights, nothing is lost.
+
+    Args:
+        factor: side of the squares.
+    """
+
+    def __init__(self, factor: int = 2) -> None:
+        self.factor = factor
+        self.channels = 3 * factor**2
+        self.set_statistics([0.0] * self.channels, [1.0] * self.channels)
+
+    def fit(self, batches: Iterable[Tensor]) -> None:
+        self._measure(F.pixel_unshuffle(images, self.factor) for images in batches)
+
+    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        del generator  # nothing here is drawn
+        return self._normalise(F.pixel_unshuffle(images, self.factor))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return F.pixel_shuffle(self._denormalise(latents), self.factor).clamp(-1, 1)
+
+    def state(self) -> dict[str, Any]:
+        return {"name": "pixels", "factor": self.factor, "mean": self.mean.tolist(), "std": self.std.tolist()}
+
+
+class AutoencoderCodec(_Normalised):
+    """A frozen diffusers autoencoder. Its latents are normalised in each channel by what the data measures.
+
+    Args:
+        vae: the autoencoder; it is put in eval mode and never gets a gradient.
+        name: the Hub id or folder it came from.
+    """
+
+    def __init__(self, vae: AutoencoderKL | AutoencoderTiny, name: str) -> None:
+        self.vae = vae.eval().requires_grad_(False)
+        self.name = name
+        self.channels = vae.config["latent_channels"]
+        widths = vae.config["block_out_channels" if isinstance(vae, AutoencoderKL) else "encoder_block_out_channels"]
+        self.factor = 2 ** (len(widths) - 1)
+        self.set_statistics([0.0] * self.channels, [1.0] * self.channels)
+
+    @torch.no_grad()
+    def _raw(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+        images = images.to(self.vae.device, self.vae.dtype)
+        with torch.autocast(images.device.type, enabled=False):  # the SD-VAE overflows in float16
+            encoded = self.vae.encode(images)
+        z = encoded.latent_dist.sample(generator) if isinstance(self.vae, AutoencoderKL) else encoded.latents
+        return z.float()
+
+    def fit(self, batches: Iterable[Tensor]) -> None:
+        generator = torch.Generator(self.vae.device).manual_seed(0)
+        self._measure(self._raw(images, generator) for images in batches)
+
+    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return self._normalise(self._raw(images, generator))
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        z = self._denormalise(latents.float()).to(self.vae.device, self.vae.dtype)
+        with torch.autocast(z.device.type, enabled=False):
+            try:
+                images = self.vae.decode(z).sample
+            except torch.OutOfMemoryError:
+                # slower, and as small as it gets: one picture at a time, each in tiles
+                torch.cuda.empty_cache()
+                self.vae.enable_slicing()
+                self.vae.enable_tiling()
+                images = self.vae.decode(z).sample
+        return images.float().clamp(-1, 1)
+
+    def state(self) -> dict[str, Any]:
+        return {"name": self.name, "mean": self.mean.tolist(), "std": self.std.tolist()}
+
+
+def load_vae(name: str) -> AutoencoderKL | AutoencoderTiny:
+    """The autoencoder `sd-vae`, `taesd`, or of any Hub id or folder, in float32.
+
+    Raises:
+        UserError: it can't be had, or is neither an `AutoencoderKL` nor an `AutoencoderTiny`.
+    """
+    source = HUB_NAMES.get(name, name)
+    classes: dict[str, type[AutoencoderKL] | type[AutoencoderTiny]]
+    classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
+    try:
+        kind = AutoencoderKL.load_config(source)["_class_name"]
+        if kind not in classes:
+            raise UserError(f"The codec {name!r} is a {kind}; only AutoencoderKL and AutoencoderTiny are known.")
+        return classes[kind].from_pretrained(source, torch_dtype=torch.float32)
+    except OSError as error:
+        raise UserError(
+            f"The codec {name!r} is neither a folder here nor reachable on the Hub; "
+            "check the name and the network, or train without a download by --codec pixels."
+        ) from error
+
+
+def make_codec(name: str, factor: int = 2, mean: list[float] | None = None, std: list[float] | None = None) -> Codec:
+    """A codec by name, with statistics if it was fitted before: the inverse of `Codec.state`.
+
+    Args:
+        name: pixels, sd-vae, taesd, or the Hub id or folder of an autoencoder.
+        factor: side of the squares of `pixels`.
+        mean, std: of each raw channel.
+    """
+    codec = PixelCodec(factor) if name == "pixels" else AutoencoderCodec(load_vae(name), name)
+    if mean is not None and std is not None:
+        codec.set_statistics(mean, std)
+    return codec

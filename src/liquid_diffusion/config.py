@@ -1,0 +1,110 @@
+"""What a person can set, as frozen dataclasses. Standard library only, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+SOLVERS = ("euler", "heun", "unipc", "dpm++")
+
+
+class UserError(ValueError):
+    """Something a person did or can mend; the message is one sentence that says what to do."""
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Shape of a `LiquidUNet`: channels and blocks of each stage, width of the feed-forward over the channels."""
+
+    widths: tuple[int, ...]
+    depths: tuple[int, ...]
+    ratio: int = 4
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run. What is None is chosen by the machine and the data, see `presets.resolve`."""
+
+    data: str = _option("emoji", "emoji, a folder of pictures, a Hub id, or a folder of datasets' save_to_disk")
+    out: str | None = _option(None, "run folder; a folder with checkpoints is gone on with (default: runs/DATA-SIZE)")
+    image_size: int | None = _option(None, "side of the square pictures (default: by data and machine)")
+    model: str | None = _option(None, "nano, tiny, small or base (default: by image size and machine)")
+    codec: str | None = _option(
+        None, "pixels, sd-vae, taesd, or Hub id or folder of an autoencoder (default: pixels up to 64, then sd-vae)"
+    )
+    steps: int | None = _option(None, "optimiser steps (default: by data and machine)")
+    batch_size: int | None = _option(None, "pictures of an optimiser step on each device (default: by image size)")
+    lr: float = _option(1e-3, "learning rate after the warm-up")
+    warmup_steps: int = _option(100, "steps in which the learning rate rises from zero")
+    cooldown: float = _option(0.4, "last part of the steps, in which the learning rate falls to zero as a cosine")
+    weight_decay: float = _option(0.01, "decoupled weight decay of AdamW")
+    max_grad_norm: float = _option(1.0, "gradients are clipped to this norm")
+    gradient_accumulation: int = _option(1, "parts in which a batch is computed, to save memory")
+    gradient_checkpointing: bool = _option(False, "compute activations twice, to save memory")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = _option("auto", "arithmetic; auto is the best the machine has")
+    ema_decay: float = _option(0.999, "decay of the averaged weights, reached after its own warm-up")
+    label_dropout: float = _option(0.1, "share of labels hidden in training, which makes guidance possible")
+    time_sampling: Literal["logit-normal", "uniform"] = _option("logit-normal", "distribution of the training times")
+    flip: bool | None = _option(None, "mirror half of the pictures (default: yes, but for emoji)")
+    workers: int = _option(2, "processes that read pictures, where they do not fit in memory")
+    seed: int = _option(0, "seed of every random draw")
+    checkpoint_every: int = _option(500, "steps between checkpoints")
+    sample_every: int = _option(500, "steps between grids of samples")
+    log_every: int = _option(10, "steps between lines of metrics.jsonl")
+
+    def __post_init__(self) -> None:
+        at_least_one = ("image_size", "steps", "batch_size", "gradient_accumulation", "checkpoint_every")
+        for name in (*at_least_one, "sample_every", "log_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, not {value}.")
+        for name in ("cooldown", "label_dropout", "ema_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} must lie between 0 and 1, not {getattr(self, name)}.")
+        if self.lr <= 0 or self.max_grad_norm <= 0:
+            raise UserError("lr and max_grad_norm must be above 0.")
+        if self.workers < 0 or self.warmup_steps < 0:
+            raise UserError("workers and warmup_steps can't be below 0.")
+        if self.batch_size is not None and self.batch_size % self.gradient_accumulation:
+            raise UserError(
+                f"batch_size {self.batch_size} can't be computed in {self.gradient_accumulation} equal parts."
+            )
+
+
+@dataclass(frozen=True)
+class RunConfig(TrainConfig):
+    """A training run in which nothing is left open; made by `presets.resolve`."""
+
+    out: str = ""
+    image_size: int = 0
+    model: str = ""
+    codec: str = ""
+    steps: int = 0
+    batch_size: int = 0
+    flip: bool = False
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Sampling from a run."""
+
+    n: int = _option(16, "number of pictures")
+    steps: int = _option(25, "steps of the solver")
+    solver: str = _option("euler", ", ".join(SOLVERS))
+    label: str | None = _option(None, "class, by name or number (default: all in turn)")
+    guidance: float = _option(1.0, "classifier-free guidance; 1 is none")
+    seed: int = _option(0, "picture i has the seed SEED + i")
+    batch_size: int = _option(64, "pictures computed at once; it does not change them")
+    out: str = _option("samples.png", "a .png is one grid, anything else a folder of single pictures")
+    nearest: bool = _option(False, "put the nearest training picture beside each sample, so that a copy is seen")
+
+    def __post_init__(self) -> None:
+        for name in ("n", "steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.solver not in SOLVERS:
+            raise UserError(f"There is no solver {self.solver!r}; choose from {', '.join(SOLVERS)}.")

@@ -1,0 +1,92 @@
+"""What `liquid-diffusion sample` does: a run and a wish in, pictures out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import PartialState
+from diffusers.utils.logging import disable_progress_bar
+from PIL import Image
+from torch import Tensor
+
+from liquid_diffusion.config import SampleConfig, UserError
+from liquid_diffusion.data.pictures import PictureDataset
+from liquid_diffusion.data.sources import open_source
+from liquid_diffusion.data.transforms import to_pil
+from liquid_diffusion.evaluation.nearest import nearest_pictures
+from liquid_diffusion.grid import draw_grid
+from liquid_diffusion.pipeline import LiquidDiffusionPipeline, load_pipeline
+from liquid_diffusion.sampling import make_scheduler, seeded_generators
+
+
+def draw_pictures(pipeline: LiquidDiffusionPipeline, config: SampleConfig) -> Tensor:
+    """Pictures (n, 3, H, W) in [-1, 1] on the CPU; picture i depends on seed + i alone."""
+    pipeline.scheduler = make_scheduler(config.solver)
+    labels = pipeline.labels(config.label, config.n)
+    batches = []
+    for start in range(0, config.n, config.batch_size):
+        count = min(config.batch_size, config.n - start)
+        batches.append(
+            pipeline(
+                count,
+                None if labels is None else labels[start : start + count].tolist(),
+                num_inference_steps=config.steps,
+                guidance_scale=config.guidance,
+                generator=seeded_generators(config.seed + start, count),
+                output_type="pt",
+            ).images.cpu()
+        )
+    return torch.cat(batches)
+
+
+def _beside_nearest(pictures: Tensor, run: str, size: int) -> tuple[Image.Image, str]:
+    """Rows of samples, each over the row of their nearest training pictures, and the distances in words."""
+    settings = Path(run) / "config.yaml"
+    if not settings.is_file():
+        raise UserError(f"{run} does not say what it was trained on: the nearest pictures need a run folder.")
+    config = yaml.safe_load(settings.read_text())
+    dataset = PictureDataset(open_source(config["data"]), size, config["flip"], config["seed"])
+    nearest, distances = nearest_pictures(pictures, dataset)
+    columns = min(8, len(pictures))
+    rows: list[Image.Image] = []
+    for start in range(0, len(pictures), columns):
+        for images in (to_pil(pictures[start : start + columns]), to_pil(nearest[start : start + columns])):
+            blank = [Image.new("RGB", images[0].size, "white")] * (columns - len(images))
+            rows += images + blank
+    names = ["sample", "nearest"] * (len(rows) // (2 * columns))
+    words = (
+        f"Root mean square distance to the nearest training picture (of pixels in [-1, 1]): "
+        f"median {distances.median():.3f}, least {distances.min():.3f}."
+    )
+    return draw_grid(rows, columns, row_names=names), words
+
+
+def generate(run: str, config: SampleConfig) -> str:
+    """Draw pictures with a run and write them to `config.out`; says in words where they are.
+
+    Raises:
+        UserError: the run, the class or the place is wrong.
+    """
+    disable_progress_bar()  # of the parts being loaded; the one of the sampling stays
+    pipeline = load_pipeline(run).to(PartialState().device)
+    pipeline.set_progress_bar_config(desc="Sampling", leave=False)
+    pictures = draw_pictures(pipeline, config)
+    out = Path(config.out)
+    words = ""
+    try:
+        if out.suffix.lower() == ".png":
+            out.parent.mkdir(parents=True, exist_ok=True)
+            if config.nearest:
+                sheet, words = _beside_nearest(pictures, run, pictures.shape[-1])
+            else:
+                sheet = draw_grid(to_pil(pictures), columns=max(1, round(config.n**0.5)))
+            sheet.save(out)
+        else:
+            out.mkdir(parents=True, exist_ok=True)
+            for i, picture in enumerate(to_pil(pictures)):
+                picture.save(out / f"{config.seed + i:06d}.png")
+    except OSError as error:
+        raise UserError(f"{out} can't be written to: {error.strerror or error}.") from error
+    return f"{len(pictures)} pictures: {out}. {words}".rstrip()

@@ -1,0 +1,69 @@
+"""Norm, embeddings and resampling: the parts of the U-Net that are not liquid.
+
+Shapes: B batch, C channels, H W height and width, T width of the time embedding.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.embeddings import get_timestep_embedding
+from torch import Tensor, nn
+
+
+def channel_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """LayerNorm over the channels of each pixel, without weights: (B, C, H, W) -> (B, C, H, W).
+
+    The statistics are float32 whatever the dtype of `x`. Autocast is off because it would widen the *output* to
+    float32 on CUDA, which doubles the memory traffic of all that follows.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        return F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],), eps=eps).permute(0, 3, 1, 2)
+
+
+class ConditionEmbedding(nn.Module):
+    """Time, and a label where there are classes, as one vector.
+
+    A sinusoidal embedding of t, a two-layer MLP, and a learned vector for each label, the last one being the null
+    label of classifier-free guidance.
+
+    Args:
+        sinusoid_channels: width of the sinusoidal embedding.
+        channels: width T of the result.
+        num_classes: number of labels without the null label; 0 for none.
+    """
+
+    def __init__(self, sinusoid_channels: int, channels: int, num_classes: int = 0) -> None:
+        super().__init__()
+        self.sinusoid_channels = sinusoid_channels
+        self.linear_1 = nn.Linear(sinusoid_channels, channels)
+        self.linear_2 = nn.Linear(channels, channels)
+        self.labels = nn.Embedding(num_classes + 1, channels) if num_classes else None
+
+    def forward(self, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """t (B,) in [0, 1], labels (B,) int64 or None -> (B, T), float32 under autocast."""
+        with torch.autocast(t.device.type, enabled=False):
+            # 1000: the frequencies of the sinusoid are made for step numbers, not for times in [0, 1]
+            x = get_timestep_embedding(1000 * t, self.sinusoid_channels)  # (B, sinusoid)
+            x = self.linear_1(x.to(self.linear_1.weight.dtype))  # (B, T)
+            x = self.linear_2(F.silu(x))  # (B, T)
+            if self.labels is not None and labels is not None:
+                x = x + self.labels(labels)  # (B, T)
+            return F.silu(x)
+
+
+class Downsample(nn.Conv2d):
+    """Stride-2 3x3 convolution: (B, C, H, W) -> (B, C', H/2, W/2)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, stride=2, padding=1)
+
+
+class Upsample(nn.Conv2d):
+    """Nearest neighbour, then a 3x3 convolution: (B, C, H, W) -> (B, C', 2H, 2W)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))

@@ -1,0 +1,205 @@
+"""The liquid block: a closed-form continuous-depth (CfC) gate whose time is the diffusion time.
+
+The formulas are pure functions, so that they can be held against the papers line by line.
+Shapes: B batch, C channels, H W height and width, T width of the condition embedding.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from liquid_diffusion.models.depthwise import depthwise_conv7, merge_kernels
+from liquid_diffusion.models.layers import channel_norm
+
+Gate = Literal["liquid", "static", "none"]
+Relaxation = Literal["liquid", "none"]
+
+
+def cfc_gate(f: Tensor, g: Tensor, h: Tensor, a: Tensor | float = 1.0, b: Tensor | float = 0.0) -> Tensor:
+    """Closed-form continuous-time mixture of two heads, gated by a third.
+
+    ``sigma(a f - b) g + (1 - sigma(a f - b)) h``: equation 10 of Hasani et al., "Closed-form continuous-time neural
+    networks" (arXiv 2106.13898), ``x(t) = sigma(-f t) g + (1 - sigma(-f t)) h``, with the time's part of the exponent,
+    there ``-t`` for all channels, generalised to learned functions a(t) and b(t) of each channel.
+
+    Args:
+        f, g, h: heads (B, C, H, W).
+        a, b: slope and offset, broadcast against the heads: (B, C, 1, 1) as functions of time, or numbers.
+
+    Returns:
+        (B, C, H, W), everywhere between g and h.
+    """
+    return torch.lerp(h, g, torch.sigmoid(a * f - b))
+
+
+def relaxation_weight(rate: Tensor, w: Tensor) -> Tensor:
+    """How much of its input a liquid layer keeps: ``alpha = exp(-lambda |w(t)|)``, in (0, 1].
+
+    The solution of ``dx/dt = -lambda (x - out)`` after the time |w|, cf. LiquidTAD (arXiv 2604.18274). A vector w(t)
+    stands in place of the mean of the time embedding, which is near zero at the start: alpha would be 1, and neither
+    lambda nor the branch behind it would get a gradient.
+
+    Args:
+        rate: lambda > 0, (C,).
+        w: (B, C), linear in the time embedding.
+
+    Returns:
+        (B, C) in float32.
+    """
+    return torch.exp(-rate.float() * w.float().abs())
+
+
+def liquid_relaxation(x: Tensor, out: Tensor, alpha: Tensor) -> Tensor:
+    """``alpha x + (1 - alpha) out``: the state x relaxed towards `out`.
+
+    Args:
+        x, out: (B, C, H, W).
+        alpha: broadcast against x, in [0, 1].
+
+    Returns:
+        (B, C, H, W), everywhere between x and out.
+    """
+    return torch.lerp(out, x, alpha)
+
+
+def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """``x (1 + scale) + shift`` for x (B, C, H, W) and scale, shift (B, C, 1, 1) (DiT, arXiv 2212.09748)."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+class ParallelCfC(nn.Module):
+    """The liquid layer: every pixel takes one closed-form step, all in parallel; no recurrence, no solver.
+
+    Args:
+        channels: C.
+        condition_channels: T.
+        gate: "liquid" has slope and offset that depend on the time, "static" learned constants, "none" replaces the
+            gate by the mean of the two heads.
+        relaxation: "liquid" or "none" (the output is the mixture alone).
+    """
+
+    def __init__(self, channels: int, condition_channels: int, gate: Gate, relaxation: Relaxation) -> None:
+        super().__init__()
+        self.gate = gate
+        self.relaxation = relaxation
+        self.backbone = nn.Conv2d(channels, channels, 1)
+        self.heads = nn.Conv2d(channels, (2 if gate == "none" else 3) * channels, 1)
+        if gate == "liquid":
+            self.time_gate = nn.Linear(condition_channels, 2 * channels)
+        elif gate == "static":
+            self.slope = nn.Parameter(torch.ones(channels))
+            self.offset = nn.Parameter(torch.zeros(channels))
+        if relaxation == "liquid":
+            self.time_relaxation = nn.Linear(condition_channels, channels)
+            self.log_rate = nn.Parameter(torch.zeros(channels))
+
+    def reset_parameters(self) -> None:
+        """Start at a = 1, b = 0 and alpha = 1/2, each with a small slope in time so that all of them can learn."""
+        if self.gate == "liquid":
+            nn.init.normal_(self.time_gate.weight, std=0.02)
+            slope, offset = self.time_gate.bias.detach().chunk(2)
+            slope.fill_(1)
+            offset.fill_(0)
+        if self.relaxation == "liquid":
+            nn.init.normal_(self.time_relaxation.weight, std=0.02)
+            nn.init.constant_(self.time_relaxation.bias, math.log(2))
+
+    def slope_and_offset(self, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """a and b of the gate for a condition (B, T): (B or 1, C, 1, 1) each."""
+        if self.gate == "static":
+            return self.slope[None, :, None, None], self.offset[None, :, None, None]
+        a, b = self.time_gate(condition)[:, :, None, None].chunk(2, dim=1)
+        return a, b
+
+    def alpha(self, condition: Tensor) -> Tensor:
+        """The relaxation weight for a condition (B, T): (B, C), float32, in (0, 1]."""
+        return relaxation_weight(self.log_rate.float().exp(), self.time_relaxation(condition))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        z = F.silu(self.backbone(x))  # (B, C, H, W)
+        if self.gate == "none":
+            g, h = self.heads(z).chunk(2, dim=1)  # (B, C, H, W) each
+            out = (g + h) / 2
+        else:
+            f, g, h = self.heads(z).chunk(3, dim=1)  # (B, C, H, W) each
+            a, b = self.slope_and_offset(condition)  # (B, C, 1, 1) each
+            out = cfc_gate(f, g, h, a.to(f.dtype), b.to(f.dtype))  # (B, C, H, W)
+        if self.relaxation == "none":
+            return out
+        alpha = self.alpha(condition)[:, :, None, None].to(out.dtype)  # (B, C, 1, 1)
+        return liquid_relaxation(x, out, alpha)
+
+
+class MultiScaleSpatialMix(nn.Module):
+    """Depthwise 3x3 + 5x5 + 7x7 as one convolution, gated by what the whole picture holds, then 1x1."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.kernel_3 = nn.Parameter(torch.empty(channels, 1, 3, 3))
+        self.kernel_5 = nn.Parameter(torch.empty(channels, 1, 5, 5))
+        self.kernel_7 = nn.Parameter(torch.empty(channels, 1, 7, 7))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.pool_gate = nn.Linear(channels, channels)
+        self.project = nn.Conv2d(channels, channels, 1)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Each scale starts with a third of the variance of one convolution."""
+        for kernel in (self.kernel_3, self.kernel_5, self.kernel_7):
+            nn.init.normal_(kernel, std=(3 * kernel.shape[-1] ** 2) ** -0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = merge_kernels(self.kernel_3, self.kernel_5, self.kernel_7)  # (C, 1, 7, 7)
+        pooled = torch.sigmoid(self.pool_gate(x.mean((2, 3))))  # (B, C)
+        x = depthwise_conv7(x, kernel, self.bias) * pooled[:, :, None, None]  # (B, C, H, W)
+        return self.project(x)
+
+
+class FeedForward(nn.Sequential):
+    """1x1 -> GELU -> 1x1, `ratio` times as wide inside."""
+
+    def __init__(self, channels: int, ratio: int) -> None:
+        inner = ratio * channels
+        super().__init__(nn.Conv2d(channels, inner, 1), nn.GELU(approximate="tanh"), nn.Conv2d(inner, channels, 1))
+
+
+class LiquidBlock(nn.Module):
+    """Three residual steps, liquid layer, spatial mix and feed-forward, each modulated by the condition.
+
+    ``x <- x + c part(modulate(norm(x)))`` with scale, shift and output gate c linear in the condition; the output
+    gates start at zero, so that a new block is the identity (adaLN-zero, arXiv 2212.09748).
+
+    Args:
+        channels: C.
+        condition_channels: T.
+        ratio: width of the feed-forward over C.
+        gate, relaxation: see `ParallelCfC`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        condition_channels: int,
+        ratio: int = 4,
+        gate: Gate = "liquid",
+        relaxation: Relaxation = "liquid",
+    ) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(condition_channels, 9 * channels)
+        self.cfc = ParallelCfC(channels, condition_channels, gate, relaxation)
+        self.mix = MultiScaleSpatialMix(channels)
+        self.feed_forward = FeedForward(channels, ratio)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        m = self.modulation(condition)[:, :, None, None].chunk(9, dim=1)  # 9 x (B, C, 1, 1)
+        y = self.cfc(modulate(channel_norm(x), m[0], m[1]), condition)  # (B, C, H, W)
+        x = torch.addcmul(x, m[2], y)
+        y = self.mix(modulate(channel_norm(x), m[3], m[4]))
+        x = torch.addcmul(x, m[5], y)
+        y = self.feed_forward(modulate(channel_norm(x), m[6], m[7]))
+        return torch.addcmul(x, m[8], y)

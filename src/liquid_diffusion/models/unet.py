@@ -1,0 +1,167 @@
+"""A U-Net of liquid blocks: the velocity field of a rectified flow, without attention.
+
+Shapes: B batch, C channels of a stage, H W height and width, T width of the condition embedding.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import Tensor, nn
+
+from liquid_diffusion.models.layers import ConditionEmbedding, Downsample, Upsample
+from liquid_diffusion.models.liquid import Gate, LiquidBlock, ParallelCfC, Relaxation
+from liquid_diffusion.presets import preset
+
+
+class LiquidUNet(ModelMixin, ConfigMixin):
+    """U-Net of liquid blocks; call and output are those of diffusers' `UNet2DModel`.
+
+    Args:
+        in_channels: channels of the sample and of the predicted velocity.
+        num_classes: labels 0 to num_classes - 1; num_classes itself is the null label. 0 for an unconditional model.
+        widths: channels of each stage, from the finest.
+        depths: liquid blocks of each stage, in the encoder and again in the decoder.
+        ratio: width of the feed-forward over the channels.
+        gate: "liquid", or for research "static" (no time in it) or "none" (plain mean of the heads).
+        relaxation: "liquid", or for research "none".
+
+    Raises:
+        ValueError: `widths` and `depths` differ in length.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["LiquidBlock"]
+
+    @register_to_config
+    def __init__(
+        self,
+        in_channels: int = 4,
+        num_classes: int = 0,
+        widths: Sequence[int] = (64, 128, 256),
+        depths: Sequence[int] = (2, 2, 4),
+        ratio: int = 4,
+        gate: Gate = "liquid",
+        relaxation: Relaxation = "liquid",
+    ) -> None:
+        super().__init__()
+        if len(widths) != len(depths):
+            raise ValueError(f"widths {tuple(widths)} and depths {tuple(depths)} differ in length")
+        condition_channels = 4 * widths[0]
+
+        def blocks(width: int, depth: int) -> nn.ModuleList:
+            return nn.ModuleList(LiquidBlock(width, condition_channels, ratio, gate, relaxation) for _ in range(depth))
+
+        self.condition = ConditionEmbedding(widths[0], condition_channels, num_classes)
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_channels, widths[0], 3, padding=1), nn.SiLU(), nn.Conv2d(widths[0], widths[0], 3, padding=1)
+        )
+        stages = list(zip(widths, depths, strict=True))
+        steps = list(itertools.pairwise(widths))
+        self.encoder = nn.ModuleList(blocks(width, depth) for width, depth in stages)
+        self.downsamples = nn.ModuleList(Downsample(fine, coarse) for fine, coarse in steps)
+        self.bottleneck = blocks(widths[-1], 2)
+        self.fuses = nn.ModuleList(nn.Conv2d(2 * width, width, 1) for width, _ in reversed(stages))
+        self.decoder = nn.ModuleList(blocks(width, depth) for width, depth in reversed(stages))
+        self.upsamples = nn.ModuleList(Upsample(coarse, fine) for fine, coarse in reversed(steps))
+        self.norm = nn.GroupNorm(num_groups=8, num_channels=widths[0])
+        self.head = nn.Conv2d(widths[0], in_channels, 3, padding=1)
+        self.gradient_checkpointing = False
+        self.reset_parameters()
+
+    @classmethod
+    def from_preset(cls, name: str, in_channels: int = 4, num_classes: int = 0) -> LiquidUNet:
+        """The model called nano, tiny, small or base.
+
+        Raises:
+            UserError: there is none of that name.
+        """
+        shape = preset(name)
+        return cls(in_channels, num_classes, widths=shape.widths, depths=shape.depths, ratio=shape.ratio)
+
+    def reset_parameters(self) -> None:
+        """Every block starts as the identity and the prediction at zero; see `ParallelCfC.reset_parameters`."""
+        for module in self.modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            elif isinstance(module, LiquidBlock):
+                nn.init.zeros_(module.modulation.weight)
+                nn.init.zeros_(module.modulation.bias)
+            elif isinstance(module, ParallelCfC):
+                module.reset_parameters()
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]  # it has one
+
+    @property
+    def downscale(self) -> int:
+        """Height and width of a sample must be divisible by this."""
+        return 2 ** len(self.downsamples)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNet2DOutput | tuple[Tensor]:
+        """Predict the velocity at a point of the path.
+
+        Args:
+            sample: (B, in_channels, H, W), H and W divisible by 4 in a model of three stages.
+            timestep: time in [0, 1], 0 is data and 1 is noise: (B,), or one number for all.
+            class_labels: (B,) int64; None means the null label.
+            return_dict: False for a tuple.
+
+        Returns:
+            An object with `sample` (B, in_channels, H, W), in the dtype of `sample` unless autocast says otherwise.
+
+        Raises:
+            ValueError: wrong channels or size, or labels given to a model without classes.
+        """
+        x, skips = sample, []
+        condition = self.condition(*self._check_inputs(sample, timestep, class_labels))  # (B, T)
+        x = self.stem(x.contiguous(memory_format=torch.channels_last))  # (B, C, H, W)
+        for i, stage in enumerate(self.encoder):
+            x = self._run(stage, x, condition)
+            skips.append(x)
+            if i < len(self.downsamples):
+                x = self.downsamples[i](x)  # (B, C', H/2, W/2)
+        x = self._run(self.bottleneck, x, condition)
+        for i, stage in enumerate(self.decoder):
+            if i > 0:
+                x = self.upsamples[i - 1](x)  # (B, C, 2H, 2W)
+            x = self.fuses[i](torch.cat([x, skips.pop()], dim=1))
+            x = self._run(stage, x, condition)
+        x = self.head(F.silu(self.norm(x)))  # (B, in_channels, H, W)
+        return UNet2DOutput(sample=x) if return_dict else (x,)
+
+    def _run(self, blocks: nn.Module, x: Tensor, condition: Tensor) -> Tensor:
+        for block in blocks.children():
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = self._gradient_checkpointing_func(block, x, condition)
+            else:
+                x = block(x, condition)
+        return x
+
+    def _check_inputs(
+        self, sample: Tensor, timestep: Tensor | float, class_labels: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        batch, channels, height, width = sample.shape
+        if channels != self.config.in_channels:
+            raise ValueError(f"the sample has {channels} channels, the model wants {self.config.in_channels}")
+        if height % self.downscale or width % self.downscale:
+            raise ValueError(f"height and width must be divisible by {self.downscale}, not {height} x {width}")
+        t = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).expand(batch)
+        if not self.config.num_classes:
+            if class_labels is not None:
+                raise ValueError("class_labels were given to a model without classes")
+            return t, None
+        if class_labels is None:
+            class_labels = torch.full((batch,), self.config.num_classes, device=sample.device)
+        return t, class_labels

@@ -1,0 +1,127 @@
+"""From noise to data: the loop over a diffusers scheduler, and guidance as a wrapper of the velocity.
+
+Any callable v(x, t) can be sampled, x (B, C, H, W), t (B,) in [0, 1]; the model is only one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
+from torch import Tensor
+
+from liquid_diffusion.config import SOLVERS, UserError
+from liquid_diffusion.flow import predicted_data
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+
+_MULTISTEP: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 1.0}
+
+
+@dataclass(frozen=True)
+class SampleStep:
+    """One evaluation on the way: `x` the state after it, `x0` the data it predicted, (B, C, H, W) each.
+
+    `t` is the time at which the velocity was taken; `index` counts evaluations from 0, of `total`.
+    """
+
+    index: int
+    total: int
+    t: float
+    x: Tensor
+    x0: Tensor
+
+
+def make_scheduler(solver: str = "euler") -> SchedulerMixin:
+    """The diffusers scheduler called euler, heun, unipc or dpm++, set up for a flow.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if solver == "euler":
+        return FlowMatchEulerDiscreteScheduler()
+    if solver == "heun":
+        return FlowMatchHeunDiscreteScheduler()
+    if solver == "unipc":
+        return UniPCMultistepScheduler(**_MULTISTEP)
+    if solver == "dpm++":
+        return DPMSolverMultistepScheduler(**_MULTISTEP)
+    raise UserError(f"There is no solver {solver!r}; choose from {', '.join(SOLVERS)}.")
+
+
+def seeded_generators(seed: int, count: int) -> list[torch.Generator]:
+    """A generator for each picture, seeded seed, seed + 1, ...
+
+    On the CPU, so that a seed means the same picture on every device and in a batch of any size.
+    """
+    return [torch.Generator().manual_seed(seed + i) for i in range(count)]
+
+
+def guide(
+    model: Callable[..., Any], labels: Tensor | None = None, null_label: int | None = None, scale: float = 1.0
+) -> Velocity:
+    """A model, labels and guidance as v(x, t).
+
+    Classifier-free guidance (Ho and Salimans, arXiv 2207.12598): ``v = v_null + scale (v_label - v_null)``, both
+    from one call of twice the batch. Scale 1 is the conditional model itself, and costs one evaluation.
+
+    Args:
+        model: called as model(x, t, labels).sample, as `LiquidUNet` is.
+        labels: (B,) int64, or None for a model without classes.
+        null_label: the label that means "none"; wanted where scale is not 1.
+        scale: strength of the guidance.
+    """
+    if labels is None:
+        return lambda x, t: model(x, t).sample
+    if scale == 1.0:
+        return lambda x, t: model(x, t, labels).sample
+    if null_label is None:
+        raise ValueError("guidance needs the null label")
+    both = torch.cat([labels, torch.full_like(labels, null_label)])
+
+    def guided(x: Tensor, t: Tensor) -> Tensor:
+        v_label, v_null = model(torch.cat([x, x]), torch.cat([t, t]), both).sample.chunk(2)
+        return torch.lerp(v_null, v_label, scale)
+
+    return guided
+
+
+@torch.no_grad()
+def sample_steps(velocity: Velocity, noise: Tensor, scheduler: SchedulerMixin, steps: int = 25) -> Iterator[SampleStep]:
+    """Integrate from noise at t = 1 to data at t = 0, yielding after every evaluation of the velocity.
+
+    Args:
+        velocity: v(x, t).
+        noise: (B, C, H, W), standard normal.
+        scheduler: any of diffusers' flow schedulers; its state is reset.
+        steps: steps of the solver; heun evaluates 2 steps - 1 times, the others once a step.
+
+    Yields:
+        A `SampleStep` for each evaluation; the last one's `x` is the sample.
+    """
+    if steps < 1:
+        raise UserError(f"A sample needs at least 1 step, not {steps}.")
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        # its own spacing spends the last step between t = 0.001 and 0
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps).tolist(), device=noise.device)
+    else:
+        scheduler.set_timesteps(steps, device=noise.device)
+    x, total = noise, len(scheduler.timesteps)
+    for index, timestep in enumerate(scheduler.timesteps):
+        # the multistep schedulers round their timesteps to whole numbers; their sigmas are the exact times
+        t = float(scheduler.sigmas[index])
+        times = torch.full((len(x),), t, device=x.device)
+        v = velocity(x, times).to(x.dtype)
+        x0 = predicted_data(x, v, times)
+        x = scheduler.step(v, timestep, x, return_dict=False)[0]
+        yield SampleStep(index, total, t, x, x0)

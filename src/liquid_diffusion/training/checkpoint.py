@@ -1,0 +1,73 @@
+"""Checkpoints that are either whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from liquid_diffusion.config import UserError
+
+_MANIFEST = "manifest.json"
+
+
+class CheckpointFolder:
+    """RUN/checkpoints: folders step-000500 with the state of a run, the newest few of them.
+
+    A checkpoint is written beside its place and renamed when it is whole; its manifest has the size of each file,
+    so that one which was cut short later (a full disk, a broken copy) is noticed.
+
+    Args:
+        folder: RUN/checkpoints; made when the first one is written.
+        keep: how many stay.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder = folder
+        self.keep = keep
+
+    def all(self) -> list[Path]:
+        """All checkpoints, oldest first."""
+        return sorted(self.folder.glob("step-*[0-9]"))
+
+    def save(self, step: int, write: Callable[[Path], None], facts: dict[str, Any]) -> Path:
+        """Write the checkpoint of a step: `write` puts files into a folder, `facts` is kept as JSON."""
+        target = self.folder / f"step-{step:06d}"
+        partial = target.with_name(target.name + ".partial")
+        for leftover in (target, partial):
+            shutil.rmtree(leftover, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write(partial)
+        sizes = {str(f.relative_to(partial)): f.stat().st_size for f in sorted(partial.rglob("*")) if f.is_file()}
+        manifest = {"step": step, "files": sizes, "facts": facts}
+        (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+        os.replace(partial, target)
+        for old in self.all()[: -self.keep]:
+            shutil.rmtree(old)
+        return target
+
+    def latest(self) -> tuple[Path, int, dict[str, Any]] | None:
+        """The newest checkpoint, its step and its facts; None where there is none.
+
+        Raises:
+            UserError: it is not whole.
+        """
+        folders = self.all()
+        if not folders:
+            return None
+        newest = folders[-1]
+        try:
+            manifest = json.loads((newest / _MANIFEST).read_text())
+            for name, size in manifest["files"].items():
+                found = (newest / name).stat().st_size
+                if found != size:
+                    raise ValueError(f"{name} has {found} of {size} bytes")
+        except (OSError, ValueError, KeyError) as error:
+            before = f"go on from {folders[-2].name}" if len(folders) > 1 else "start anew"
+            raise UserError(
+                f"The checkpoint {newest} is cut short ({error}); delete this folder to {before}."
+            ) from error
+        return newest, manifest["step"], manifest["facts"]

@@ -1,0 +1,371 @@
+"""The training of a run: its state, one step, and the loop."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from liquid_diffusion.codecs import AutoencoderCodec, make_codec
+from liquid_diffusion.config import TrainConfig, UserError
+from liquid_diffusion.data.pictures import PictureDataset, ShuffledBatches, collate
+from liquid_diffusion.data.sources import open_source
+from liquid_diffusion.data.transforms import to_float
+from liquid_diffusion.flow import flow_loss, interpolate, sample_times, velocity
+from liquid_diffusion.grid import draw_grid
+from liquid_diffusion.models.unet import LiquidUNet
+from liquid_diffusion.pipeline import LiquidDiffusionPipeline
+from liquid_diffusion.presets import resolve
+from liquid_diffusion.sampling import make_scheduler, seeded_generators
+from liquid_diffusion.training.checkpoint import CheckpointFolder
+from liquid_diffusion.training.hardware import choose_precision, keep_freed_memory
+from liquid_diffusion.training.tracking import MetricsLog, StopRequest
+
+# What a run that goes on may change; all else would make it another run.
+_FREE = frozenset(("out", "steps", "checkpoint_every", "sample_every", "log_every", "workers"))
+_GRID_COLUMNS = 8
+_FIT_PICTURES = 256
+_FIT_PICTURES_CPU_VAE = 16  # the SD-VAE takes 4 s a picture of 256 px on a CPU core
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimiser step: its number, from 1, and its loss, a tensor () on the device."""
+
+    step: int
+    loss: Tensor
+
+
+def learning_rate_factor(step: int, steps: int, warmup: int, cooldown: float) -> float:
+    """Warm-up, plateau, cosine: the factor of the learning rate for `step` of `steps`, counted from 0."""
+    rising = (step + 1) / warmup if step < warmup else 1.0
+    start = steps * (1 - cooldown)
+    if step < start:
+        return rising
+    return rising * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - start) / max(1.0, steps - start))))
+
+
+class Trainer:
+    """A run, new or gone on with.
+
+    Making one does all that can fail because of what a person said; it writes nothing into a run folder that is not
+    its own.
+
+    Args:
+        config: the run; what is None in it is decided by `presets.resolve`.
+
+    Raises:
+        UserError: the data, the codec or the size can't be had, or the run folder belongs to another run.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        device = PartialState().device
+        AcceleratorState._reset_state()  # else a second run in one process must have the first one's precision
+        self.accelerator = Accelerator(mixed_precision=choose_precision(config.precision, device))
+        self.config = run = resolve(config, device.type)
+        self.run_folder = Path(run.out).expanduser()
+        self.checkpoints = CheckpointFolder(self.run_folder / "checkpoints")
+        found = self.checkpoints.latest()
+        if found is not None:
+            self._check_same_run(found[2]["config"])
+        if device.type == "cpu":
+            keep_freed_memory()
+        set_seed(run.seed, device_specific=True)
+
+        self.codec = make_codec(run.codec)
+        self.dataset = PictureDataset(open_source(run.data), run.image_size, bool(run.flip), run.seed)
+        self.model = LiquidUNet.from_preset(run.model, self.codec.channels, len(self.dataset.label_names))
+        multiple = self.codec.factor * self.model.downscale
+        if run.image_size % multiple:
+            raise UserError(
+                f"image_size {run.image_size} can't be divided by {multiple}, which the codec {run.codec} and the "
+                f"model need; the next that can is {(run.image_size // multiple + 1) * multiple}."
+            )
+        self.model.to(memory_format=torch.channels_last)
+        if run.gradient_checkpointing:
+            self.model.enable_gradient_checkpointing()
+        self.ema = EMAModel(self.model.parameters(), decay=run.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
+        optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=run.lr, betas=(0.9, 0.99), weight_decay=run.weight_decay, fused=True
+        )
+        steps, warmup, cooldown = run.steps, run.warmup_steps, run.cooldown
+        self.scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps, warmup, cooldown))
+        self.generator = torch.Generator(device).manual_seed(run.seed + self.accelerator.process_index)
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        self.accelerator.register_for_checkpointing(self.scheduler)
+        self.ema.to(device)
+        if isinstance(self.codec, AutoencoderCodec):
+            self.codec.vae.to(device)
+
+        self.step = 0
+        self._make_run_folder()
+        if found is None:
+            self.codec.fit(self._pictures_to_fit())
+        else:
+            self._load(*found)
+        self._skipped: set[str] = set()
+        self._note_skipped(self.dataset.skipped)
+
+    # ---- the run folder
+
+    @property
+    def config_file(self) -> Path:
+        """RUN/config.yaml, with everything decided."""
+        return self.run_folder / "config.yaml"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has no step to go."""
+        return self.step >= self.config.steps
+
+    def summary(self) -> str:
+        """What is about to be trained, in one line."""
+        millions = sum(p.numel() for p in self.model.parameters()) / 1e6
+        classes = f" in {len(self.dataset.label_names)} classes" if self.dataset.label_names else ""
+        start = f", going on from step {self.step}" if self.step else ""
+        return (
+            f"{self.config.model} ({millions:.1f} M parameters) on {len(self.dataset)} pictures{classes} of "
+            f"{self.config.image_size} px, codec {self.config.codec}, {self.accelerator.device.type} in "
+            f"{'fp32' if self.accelerator.mixed_precision == 'no' else self.accelerator.mixed_precision}, "
+            f"to {self.run_folder}{start}"
+        )
+
+    def _check_same_run(self, before: dict[str, Any]) -> None:
+        for name, value in asdict(self.config).items():
+            if name not in _FREE and before.get(name) != value:
+                raise UserError(
+                    f"{self.run_folder} was trained with {name} {before.get(name)}, not {value}; "
+                    f"say --{name.replace('_', '-')} {before.get(name)} to go on with it, or choose another --out."
+                )
+
+    def _make_run_folder(self) -> None:
+        try:
+            self.run_folder.mkdir(parents=True, exist_ok=True)
+            probe = self.run_folder / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"The run folder {self.run_folder} can't be written to: {error.strerror}.") from error
+        if self.accelerator.is_main_process:
+            self.config_file.write_text(yaml.safe_dump(asdict(self.config), sort_keys=False))
+
+    def _note_skipped(self, messages: list[str]) -> None:
+        new = [message for message in messages if message not in self._skipped]
+        if not new:
+            return
+        self._skipped.update(new)
+        with (self.run_folder / "skipped.jsonl").open("a") as file:
+            file.writelines(json.dumps({"picture": message}) + "\n" for message in new)
+        share = len(self._skipped) / len(self.dataset.source)
+        warning = " That is more than 5 %: look at your data." if share > 0.05 else ""
+        tqdm.write(f"Skipped {len(self._skipped)} pictures that can't be read, e.g. {new[0]}.{warning}")
+
+    def _pictures_to_fit(self) -> Iterator[Tensor]:
+        slow = isinstance(self.codec, AutoencoderCodec) and self.accelerator.device.type == "cpu"
+        wanted = min(len(self.dataset), _FIT_PICTURES_CPU_VAE if slow else _FIT_PICTURES)
+        every = len(self.dataset) / wanted  # spread over the whole set, whose order may mean something
+        for start in range(0, wanted, 16):
+            chosen = range(start, min(start + 16, wanted))
+            yield to_float(torch.stack([self.dataset.picture(int(i * every))["image"] for i in chosen]))
+
+    # ---- state
+
+    def save(self) -> Path:
+        """Write a checkpoint, and the averaged weights as a pipeline."""
+        facts = {"config": asdict(self.config), "codec": self.codec.state(), "label_names": self.dataset.label_names}
+        with self.ema_weights():
+            write_pipeline(self.pipeline(), self.run_folder / "pipeline")
+        return self.checkpoints.save(self.step, self._write_state, {**facts, "pictures": len(self.dataset)})
+
+    def _write_state(self, folder: Path) -> None:
+        self.accelerator.save_state(str(folder))
+        torch.save(
+            {"step": self.step, "ema": self.ema.state_dict(), "generator": self.generator.get_state()},
+            folder / "trainer.pt",
+        )
+
+    def _load(self, folder: Path, step: int, facts: dict[str, Any]) -> None:
+        if facts["pictures"] != len(self.dataset) or facts["label_names"] != self.dataset.label_names:
+            raise UserError(
+                f"{self.config.data} has changed since {folder} was written: it had {facts['pictures']} pictures, now "
+                f"{len(self.dataset)}; choose another --out to train on what is there now."
+            )
+        self.accelerator.load_state(str(folder))
+        state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+        self.ema.load_state_dict(state["ema"])
+        self.ema.to(self.accelerator.device)
+        self.generator.set_state(state["generator"])
+        self.codec.set_statistics(facts["codec"]["mean"], facts["codec"]["std"])
+        self.step = step
+
+    @contextlib.contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """Within it the model has the averaged weights."""
+        parameters = list(self.model.parameters())
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(parameters)
+
+    def pipeline(self) -> LiquidDiffusionPipeline:
+        """A pipeline of the model as it is now, sharing its weights."""
+        pipeline = LiquidDiffusionPipeline(
+            unet=self.model,
+            scheduler=make_scheduler(),
+            vae=self.codec.vae if isinstance(self.codec, AutoencoderCodec) else None,
+            codec=self.codec.state(),
+            label_names=self.dataset.label_names,
+            image_size=self.config.image_size,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    # ---- training
+
+    def _loader(self) -> DataLoader:
+        world, in_memory = self.accelerator.num_processes, self.dataset.in_memory
+        batches = ShuffledBatches(
+            len(self.dataset),
+            self.config.batch_size * world,
+            self.config.seed,
+            start=self.step,
+            rank=self.accelerator.process_index,
+            world=world,
+        )
+        return DataLoader(
+            self.dataset,
+            batch_sampler=batches,
+            collate_fn=collate,
+            num_workers=0 if in_memory else self.config.workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The loss of images (B, 3, H, W) uint8 and labels (B,), at times and noise drawn from the run's generator."""
+        device = self.accelerator.device
+        x0 = self.codec.encode(to_float(images.to(device, non_blocking=True)), self.generator)
+        t = sample_times(len(x0), self.config.time_sampling, self.generator)
+        noise = torch.randn(x0.shape, generator=self.generator, device=device)
+        classes = None
+        if self.dataset.label_names:
+            hidden = torch.rand(len(x0), generator=self.generator, device=device) < self.config.label_dropout
+            classes = labels.to(device, non_blocking=True).masked_fill(hidden, len(self.dataset.label_names))
+        prediction = self.wrapped(interpolate(x0, noise, t), t, classes).sample
+        return flow_loss(prediction, velocity(x0, noise))
+
+    def train_step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """One optimiser step on a batch; the loss () stays on the device."""
+        parts = self.config.gradient_accumulation
+        total = torch.zeros((), device=self.accelerator.device)
+        batches = list(zip(images.chunk(parts), labels.chunk(parts), strict=True))
+        for i, (some_images, some_labels) in enumerate(batches):
+            last = i == len(batches) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                loss = self.loss(some_images, some_labels) * (len(some_images) / len(images))
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.max_grad_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.step(self.model.parameters())
+        return total
+
+    def steps(self) -> Iterator[StepResult]:
+        """Train from where the run is to its last step, one at a time; nothing is written but skipped.jsonl."""
+        for images, labels, skipped in self._loader():
+            if self.finished:
+                return
+            self._note_skipped(skipped)
+            loss = self.train_step(images, labels)
+            self.step += 1
+            yield StepResult(self.step, loss)
+
+    def run(self) -> bool:
+        """Train to the end, with grids, checkpoints, metrics and a progress bar.
+
+        Returns:
+            Whether the last step was reached; else somebody asked to stop, and the state is saved.
+
+        Raises:
+            UserError: the loss is no number any more.
+        """
+        config, main = self.config, self.accelerator.is_main_process
+        log = MetricsLog(self.run_folder, self.step)
+        bar = tqdm(
+            total=config.steps, initial=self.step, desc="Training", unit="step", disable=not main, smoothing=0.05
+        )
+        losses: list[Tensor] = []
+        saved, since = self.step, time.perf_counter()
+        with StopRequest() as stop, contextlib.closing(log), bar:
+            for result in self.steps():
+                losses.append(result.loss)
+                bar.update()
+                end = self.step == config.steps
+                if self.step % config.log_every == 0 or end:
+                    loss = torch.stack(losses).mean().item()
+                    speed = len(losses) * config.batch_size * self.accelerator.num_processes
+                    speed = speed / (time.perf_counter() - since)
+                    if not math.isfinite(loss):
+                        raise UserError(
+                            f"The loss is no number any more at step {self.step}; go on from the last checkpoint "
+                            f"with a lower --lr or --precision fp32. Nothing was written over."
+                        )
+                    log.write(self.step, loss=loss, lr=float(self.scheduler.get_last_lr()[0]), images_per_second=speed)
+                    bar.set_postfix(loss=f"{loss:.3f}", images_s=f"{speed:.0f}")
+                    losses.clear()
+                if main and (self.step % config.sample_every == 0 or end):
+                    self.draw_samples()
+                if main and (self.step % config.checkpoint_every == 0 or end or stop.wanted):
+                    self.save()
+                    saved = self.step
+                if stop.wanted:
+                    break
+                if not losses:
+                    since = time.perf_counter()
+        return self.finished and saved == self.step
+
+    def draw_samples(self) -> Path:
+        """Write RUN/samples/step-000500.png: always the same seeds, a row for each class."""
+        names = self.dataset.label_names
+        rows = len(names[:10]) or 4
+        count = rows * _GRID_COLUMNS
+        labels = [row for row in range(rows) for _ in range(_GRID_COLUMNS)] if names else None
+        with self.ema_weights(), self.accelerator.autocast():
+            images = self.pipeline()(count, labels, generator=seeded_generators(0, count)).images
+        path = self.run_folder / "samples" / f"step-{self.step:06d}.png"
+        path.parent.mkdir(exist_ok=True)
+        draw_grid(images, _GRID_COLUMNS, row_names=names[:rows]).save(path)
+        return path
+
+
+def write_pipeline(pipeline: LiquidDiffusionPipeline, folder: Path) -> None:
+    """Save a pipeline beside `folder`, then put it in place."""
+    partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    pipeline.save_pretrained(str(partial))
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(partial, folder)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from liquid_diffusion.data.transforms import resize_and_crop, to_float, to_pil, to_rgb, to_uint8
+
+
+def stored(image: Image.Image, kind: str, **options: object) -> Image.Image:
+    """The picture as it comes back from a file."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)  # type: ignore[arg-type]
+    return Image.open(file)
+
+
+def colour(image: Image.Image) -> tuple[int, ...]:
+    pixel = to_rgb(image).getpixel((1, 1))
+    assert isinstance(pixel, tuple)
+    return tuple(int(value) for value in pixel)
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (Image.new("RGB", (4, 4), (10, 20, 30)), (10, 20, 30)),
+        (Image.new("RGBA", (4, 4), (10, 20, 30, 0)), (255, 255, 255)),
+        (Image.new("RGBA", (4, 4), (0, 0, 0, 128)), (127, 127, 127)),
+        (Image.new("LA", (4, 4), (100, 0)), (255, 255, 255)),
+        (Image.new("L", (4, 4), 77), (77, 77, 77)),
+        (Image.new("1", (4, 4), 1), (255, 255, 255)),
+        (stored(Image.new("CMYK", (4, 4), (255, 0, 0, 0)), "TIFF"), (0, 255, 255)),
+        (stored(Image.fromarray(np.full((4, 4), 65535, np.uint16)), "PNG"), (255, 255, 255)),
+        (stored(Image.fromarray(np.full((4, 4), 257 * 51, np.uint16)), "PNG"), (51, 51, 51)),
+        (stored(Image.new("RGB", (4, 4), (200, 0, 0)).quantize(4), "PNG"), (200, 0, 0)),
+        (stored(Image.new("P", (4, 4), 0), "PNG", transparency=0), (255, 255, 255)),
+        (stored(Image.new("RGB", (4, 4), (9, 9, 9)), "PNG", transparency=(9, 9, 9)), (255, 255, 255)),
+    ],
+)
+def test_any_picture_becomes_rgb(image: Image.Image, expected: tuple[int, ...]) -> None:
+    assert to_rgb(image).mode == "RGB"
+    assert colour(image) == pytest.approx(expected, abs=1)
+
+
+def test_exif_orientation_is_applied() -> None:
+    exif = Image.Exif()
+    exif[274] = 6  # the camera was turned: the picture has to be turned clockwise
+    image = Image.new("RGB", (6, 2), "white")
+    image.putpixel((0, 0), (255, 0, 0))
+    turned = to_rgb(stored(image, "PNG", exif=exif))
+    assert turned.size == (2, 6)
+    assert turned.getpixel((1, 0)) == (255, 0, 0)
+
+
+def test_animation_gives_its_first_frame() -> None:
+    frames = [Image.new("RGB", (4, 4), name) for name in ("red", "blue")]
+    assert colour(stored(frames[0], "GIF", save_all=True, append_images=frames[1:])) == (255, 0, 0)
+
+
+def test_the_middle_square_is_taken() -> None:
+    image = Image.new("RGB", (90, 30), "red")
+    image.paste("blue", (30, 0, 60, 30))
+    assert set(resize_and_crop(image, 30).get_flattened_data()) == {(0, 0, 255)}
+    assert resize_and_crop(image, 8).size == (8, 8)
+
+
+def test_between_bytes_and_numbers() -> None:
+    pixels = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
+    numbers = to_float(to_uint8(Image.fromarray(pixels)))
+    assert numbers.shape == (3, 16, 16)
+    assert (numbers.min().item(), numbers.max().item()) == (-1, 1)
+    assert np.array_equal(np.asarray(to_pil(numbers[None])[0]), pixels)
+    assert np.asarray(to_pil(torch.full((1, 3, 2, 2), 7.0))[0]).max() == 255

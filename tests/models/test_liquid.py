@@ -1,0 +1,164 @@
+"""The block against the formulas written out again in float64, with nothing of the package but its weights."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from liquid_diffusion.models.liquid import (
+    LiquidBlock,
+    ParallelCfC,
+    cfc_gate,
+    liquid_relaxation,
+    relaxation_weight,
+)
+
+C, T = 32, 48
+
+
+def perturbed(block: LiquidBlock) -> LiquidBlock:
+    """Away from the start, where output gates are zero and slopes one."""
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return block
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    return 1 / (1 + torch.exp(-x))
+
+
+def pointwise(weights: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    """1x1 convolution as a sum over channels."""
+    weight = weights[f"{name}.weight"][:, :, 0, 0]
+    return torch.einsum("oc,bchw->bohw", weight, x) + weights[f"{name}.bias"][None, :, None, None]
+
+
+def linear(weights: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    return torch.einsum("oc,bc->bo", weights[f"{name}.weight"], x) + weights[f"{name}.bias"]
+
+
+def normalise(x: Tensor) -> Tensor:
+    mean = x.mean(1, keepdim=True)
+    variance = ((x - mean) ** 2).mean(1, keepdim=True)
+    return (x - mean) / torch.sqrt(variance + 1e-6)
+
+
+def depthwise(x: Tensor, kernel: Tensor) -> Tensor:
+    """Written as shifts: out[y, x] = sum_ij kernel[i, j] in[y + i - p, x + j - p]."""
+    size = kernel.shape[-1]
+    p = size // 2
+    padded = torch.zeros(*x.shape[:2], x.shape[2] + 2 * p, x.shape[3] + 2 * p, dtype=x.dtype)
+    padded[:, :, p : p + x.shape[2], p : p + x.shape[3]] = x
+    out = torch.zeros_like(x)
+    for i in range(size):
+        for j in range(size):
+            out += kernel[None, :, 0, i, j, None, None] * padded[:, :, i : i + x.shape[2], j : j + x.shape[3]]
+    return out
+
+
+def transcription(weights: dict[str, Tensor], x: Tensor, condition: Tensor) -> Tensor:
+    """One liquid block, gate and relaxation liquid, in the dtype of its arguments."""
+    m = [part[:, :, None, None] for part in linear(weights, "modulation", condition).split(C, dim=1)]
+
+    u = normalise(x) * (1 + m[0]) + m[1]
+    z = pointwise(weights, "cfc.backbone", u)
+    z = z * sigmoid(z)
+    f, g, h = pointwise(weights, "cfc.heads", z).split(C, dim=1)
+    a, b = (part[:, :, None, None] for part in linear(weights, "cfc.time_gate", condition).split(C, dim=1))
+    gate = sigmoid(a * f - b)
+    out = gate * g + (1 - gate) * h
+    rate = torch.exp(weights["cfc.log_rate"])
+    alpha = torch.exp(-rate * linear(weights, "cfc.time_relaxation", condition).abs())[:, :, None, None]
+    x = x + m[2] * (alpha * u + (1 - alpha) * out)
+
+    u = normalise(x) * (1 + m[3]) + m[4]
+    mixed = sum(depthwise(u, weights[f"mix.kernel_{k}"]) for k in (3, 5, 7)) + weights["mix.bias"][None, :, None, None]
+    pooled = sigmoid(linear(weights, "mix.pool_gate", u.mean((2, 3))))[:, :, None, None]
+    x = x + m[5] * pointwise(weights, "mix.project", mixed * pooled)
+
+    u = normalise(x) * (1 + m[6]) + m[7]
+    inner = pointwise(weights, "feed_forward.0", u)
+    inner = inner * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (inner + 0.044715 * inner**3)))
+    return x + m[8] * pointwise(weights, "feed_forward.2", inner)
+
+
+def test_block_equals_the_formulas_in_float64() -> None:
+    block = perturbed(LiquidBlock(C, T))
+    x, condition = torch.randn(2, C, 8, 12), torch.randn(2, T)
+    weights = {name: value.double() for name, value in block.state_dict().items()}
+    expected = transcription(weights, x.double(), condition.double())
+    torch.testing.assert_close(block(x, condition).double(), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(block.double()(x.double(), condition.double()), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_gate_goes_from_h_to_g() -> None:
+    f, g, h = torch.tensor([-50.0, 0.0, 50.0]), torch.full((3,), 3.0), torch.full((3,), 1.0)
+    torch.testing.assert_close(cfc_gate(f, g, h), torch.tensor([1.0, 2.0, 3.0]))
+    torch.testing.assert_close(cfc_gate(f, g, h, a=-1.0), torch.tensor([3.0, 2.0, 1.0]))
+    torch.testing.assert_close(cfc_gate(f, g, h, b=50.0), torch.tensor([1.0, 1.0, 2.0]))
+
+
+def test_gate_is_the_papers_equation() -> None:
+    """x(t) = sigma(-f t) g + (1 - sigma(-f t)) h is a = -t, b = 0."""
+    f, g, h = torch.randn(3, 2, 4, 5, 5).double()
+    t = 0.7
+    paper = sigmoid(-f * t) * g + (1 - sigmoid(-f * t)) * h
+    torch.testing.assert_close(cfc_gate(f, g, h, a=-t), paper)
+
+
+def test_relaxation_solves_its_differential_equation() -> None:
+    """dx/dt = -lambda (x - out) integrated in 100,000 small steps over the time |w|."""
+    x, out, rate, w = 2.0, -1.0, 1.3, -0.9
+    state, steps = x, 100_000
+    for _ in range(steps):
+        state -= rate * (state - out) * abs(w) / steps
+    alpha = relaxation_weight(torch.tensor([rate]), torch.tensor([[w]]))
+    relaxed = liquid_relaxation(torch.tensor(x), torch.tensor(out), alpha.squeeze())
+    assert relaxed.item() == pytest.approx(state, abs=1e-4)
+
+
+def test_start_of_the_liquid_layer() -> None:
+    """a = 1, b = 0, alpha = 1/2 up to a small slope in time; g and h differ."""
+    from liquid_diffusion.models.unet import LiquidUNet
+
+    torch.manual_seed(1)
+    layers = [m for m in LiquidUNet.from_preset("nano").modules() if isinstance(m, ParallelCfC)]
+    for layer in layers:
+        condition = torch.randn(16, layer.time_gate.in_features) * 0.5
+        a, b = layer.slope_and_offset(condition)
+        assert abs(a.mean().item() - 1) < 0.05
+        assert abs(b.mean().item()) < 0.05
+        assert abs(layer.alpha(condition).mean().item() - 0.5) < 0.05
+        channels = layer.backbone.out_channels
+        _, g, h = layer.heads.weight.split(channels)
+        assert (g - h).norm() > 0.5 * g.norm()
+
+
+@pytest.mark.parametrize("what", ["gate", "alpha"])
+def test_liquid_parts_depend_on_the_condition(what: str) -> None:
+    layer = LiquidBlock(C, T).cfc
+    early, late = torch.randn(1, T), torch.randn(1, T)
+    if what == "alpha":
+        assert (layer.alpha(early) - layer.alpha(late)).abs().max() > 1e-3
+    else:
+        for first, second in zip(layer.slope_and_offset(early), layer.slope_and_offset(late), strict=True):
+            assert (first - second).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("gate", ["static", "none"])
+def test_switched_off_parts_do_not_depend_on_time(gate: str) -> None:
+    layer = ParallelCfC(C, T, gate, "none")  # type: ignore[arg-type]
+    x = torch.randn(2, C, 8, 8)
+    torch.testing.assert_close(layer(x, torch.randn(2, T)), layer(x, torch.randn(2, T)), atol=0, rtol=0)
+
+
+def test_a_new_block_is_the_identity() -> None:
+    from liquid_diffusion.models.unet import LiquidUNet
+
+    block = next(m for m in LiquidUNet.from_preset("nano").modules() if isinstance(m, LiquidBlock))
+    x = torch.randn(2, 64, 8, 8)
+    torch.testing.assert_close(block(x, torch.randn(2, 256)), x, atol=0, rtol=0)

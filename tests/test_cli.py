@@ -1,0 +1,247 @@
+"""The command line as a person uses it: tiny runs, end to end, and every mistake in one sentence with exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from liquid_diffusion.cli import main
+from liquid_diffusion.data.registry import DATASETS
+
+Capture = pytest.CaptureFixture[str]
+TINY = ["--image-size", "16", "--model", "nano", "--batch-size", "8", "--precision", "fp32"]
+
+
+def run(*arguments: str | Path) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps on the emoji."""
+    out = tmp_path_factory.mktemp("runs") / "emoji"
+    assert run("train", *TINY, "--steps", "2", "--out", out) == 0
+    return out
+
+
+def test_train_writes_what_the_readme_says(trained: Path) -> None:
+    for name in ("config.yaml", "metrics.jsonl", "tensorboard", "samples/step-000002.png", "checkpoints/step-000002",
+                 "pipeline/model_index.json", "pipeline/unet/diffusion_pytorch_model.safetensors"):  # fmt: skip
+        assert (trained / name).exists(), name
+    settings = yaml.safe_load((trained / "config.yaml").read_text())
+    assert (settings["model"], settings["codec"], settings["flip"]) == ("nano", "pixels", False)
+
+
+def test_the_saved_configuration_goes_on(trained: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert run("train", "--config", trained / "config.yaml") == 0
+    assert "has reached its 2 steps" in capsys.readouterr().out
+    assert run("train", "--config", trained / "config.yaml", "--out", tmp_path / "again", "--steps", "1") == 0
+    assert (tmp_path / "again" / "samples" / "step-000001.png").is_file()
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "unipc", "dpm++"])
+def test_sample_a_grid(trained: Path, tmp_path: Path, solver: str, capsys: Capture) -> None:
+    out = tmp_path / "new" / "grid.png"
+    assert run("sample", trained, "--n", "4", "--steps", "3", "--solver", solver, "--out", out) == 0
+    assert str(out) in capsys.readouterr().out
+    with Image.open(out) as grid:
+        assert grid.size == (2 * 64 + 2, 2 * 64 + 2)
+
+
+def test_single_pictures_depend_on_their_seed_alone(trained: Path, tmp_path: Path) -> None:
+    one = ["--label", "flags", "--steps", "3", "--guidance", "2"]
+    assert run("sample", trained, *one, "--n", "5", "--seed", "3", "--batch-size", "2", "--out", tmp_path / "a") == 0
+    assert run("sample", trained, *one, "--n", "1", "--seed", "6", "--out", tmp_path / "b") == 0
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert names == [f"{i:06d}.png" for i in range(3, 8)]
+    with Image.open(tmp_path / "a" / "000006.png") as first, Image.open(tmp_path / "b" / "000006.png") as second:
+        difference = np.asarray(first).astype(int) - np.asarray(second).astype(int)
+    assert np.abs(difference).max() <= 1
+
+
+def test_nearest_training_pictures(trained: Path, tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "nearest.png"
+    assert run("sample", trained, "--n", "9", "--steps", "2", "--nearest", "true", "--out", out) == 0
+    assert "nearest training picture" in capsys.readouterr().out
+    with Image.open(out) as sheet:
+        assert sheet.height == 4 * 66 - 2  # 9 samples in two rows, each over its row of nearest pictures
+
+
+def test_own_folder_in_classes(photos: Path, tmp_path: Path, capsys: Capture) -> None:
+    (photos / "cat" / "01.png").write_bytes((photos / "cat" / "01.png").read_bytes()[:200])
+    assert run("train", *TINY, "--data", photos, "--steps", "2", "--out", tmp_path / "run") == 0
+    said = capsys.readouterr()
+    assert "23 pictures in 2 classes" in said.out
+    assert "Skipped 1 pictures" in said.out + said.err
+    assert "01.png" in (tmp_path / "run" / "skipped.jsonl").read_text()
+    assert run("sample", tmp_path / "run", "--label", "cat", "--n", "2", "--out", tmp_path / "cats.png") == 0
+
+
+def test_datasets(capsys: Capture) -> None:
+    assert run("datasets") == 0
+    table = capsys.readouterr().out
+    assert run("datasets", "--json", "true") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert [entry["name"] for entry in facts] == [entry.name for entry in DATASETS]
+    assert all(entry["name"] in table and entry["licence"] in table for entry in facts)
+
+
+def test_sd_vae_architecture_trains_samples_and_decodes(tmp_path: Path) -> None:
+    """The exact 83.7 M parameters of stabilityai/sd-vae-ft-mse with random weights, from a folder, at 64 px."""
+    vae = AutoencoderKL(
+        block_out_channels=[128, 256, 512, 512], down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4, latent_channels=4, layers_per_block=2, norm_num_groups=32,
+        sample_size=256,
+    )  # fmt: skip
+    assert sum(parameter.numel() for parameter in vae.parameters()) == 83_653_863
+    vae.save_pretrained(tmp_path / "vae")
+    common = ["--image-size", "64", "--model", "nano", "--batch-size", "4", "--sample-every", "100"]
+    assert run("train", *common, "--codec", tmp_path / "vae", "--steps", "2", "--out", tmp_path / "run",
+               "--data", "emoji") == 0  # fmt: skip
+    out = tmp_path / "samples"
+    assert run("sample", tmp_path / "run", "--n", "2", "--steps", "2", "--out", out) == 0
+    for path in out.iterdir():
+        with Image.open(path) as image:
+            assert image.size == (64, 64)
+            assert np.asarray(image).std() > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data", "./no/such/folder"], "no data set and no folder './no/such/folder'"),
+        (["--data", "emojy"], "no data set and no folder 'emojy'"),
+        (["--data", "EMPTY"], "no pictures in"),
+        (["--data", "someone/some-pictures"], "Hub can't be reached for 'someone/some-pictures'"),
+        (["--model", "huge"], "no model 'huge'; choose from nano, tiny, small, base"),
+        (["--image-size", "20"], "image_size 20 can't be divided by 8"),
+        (["--image-size", "0"], "image_size must be at least 1"),
+        (["--codec", "./no/vae"], "codec './no/vae' is neither a folder here nor reachable"),
+        (["--codec", "sd-vae"], "codec 'sd-vae' is neither a folder here nor reachable"),
+        (["--lr", "-1"], "lr and max_grad_norm must be above 0"),
+        (["--precision", "fp16"], "fp16 needs a GPU"),
+        (["--batch-size", "6", "--gradient-accumulation", "4"], "can't be computed in 4 equal parts"),
+        (["--out", "FILE/run"], "can't be written to"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_in_training(arguments: list[str], words: str, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("mine")
+    places = {"EMPTY": str(tmp_path / "empty"), "FILE/run": str(tmp_path / "file" / "run")}
+    arguments = [places.get(argument, argument) for argument in arguments]
+    if "--out" not in arguments:
+        arguments = [*arguments, "--out", str(tmp_path / "run")]
+    assert run("train", *TINY[2:], *arguments) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("liquid-diffusion:") == 1
+    assert "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("imge_size: 16", "does not accept option 'imge_size'"), ("image_size: large", "image_size"), ("a: [", "")],
+)
+def test_mistakes_in_yaml(text: str, words: str, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "my.yaml").write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        run("train", "--config", tmp_path / "my.yaml", "--out", tmp_path / "run")
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["./nowhere"], "no run './nowhere'"),
+        (["RUN", "--label", "horse"], "no class 'horse'; the model knows Activities, Animals & Nature"),
+        (["RUN", "--solver", "rk4"], "no solver 'rk4'; choose from euler"),
+        (["RUN", "--n", "0"], "n must be at least 1"),
+        (["RUN/pipeline", "--nearest", "true"], "does not say what it was trained on"),
+        (["someone/some-model"], "no model of that id on the Hub, or no network"),
+        (["RUN", "--out", "RUN/config.yaml/x.png"], "can't be written to"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_in_sampling(arguments: list[str], words: str, trained: Path, tmp_path: Path, capsys: Capture) -> None:
+    arguments = [argument.replace("RUN", str(trained)) for argument in arguments]
+    if "--out" not in arguments:
+        arguments = [*arguments, "--out", str(tmp_path / "x.png")]
+    assert run("sample", *arguments) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_resuming_wrongly(trained: Path, capsys: Capture) -> None:
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    assert run("train", *TINY, "--steps", "3", "--out", trained, "--model", "tiny") == 2
+    assert "was trained with model nano, not tiny" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
+
+
+def test_checkpoint_cut_short(tmp_path: Path, capsys: Capture) -> None:
+    out = tmp_path / "run"
+    assert run("train", *TINY, "--steps", "1", "--out", out) == 0
+    weights = out / "checkpoints" / "step-000001" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    assert run("train", *TINY, "--steps", "2", "--out", out) == 2
+    assert "step-000001 is cut short" in capsys.readouterr().err
+    assert not (out / "checkpoints" / "step-000002").exists()
+
+
+def test_full_memory_is_said_in_one_sentence(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr("liquid_diffusion.training.trainer.Trainer.train_step", full)
+    assert run("train", *TINY, "--steps", "1", "--out", tmp_path / "run") == 2
+    assert "take a smaller --batch-size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Signals) -> None:
+    """A real process and a real signal; afterwards the printed command goes on from the very step."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "liquid_diffusion"]
+    process = subprocess.Popen(
+        [*command, "train", *TINY, "--steps", "100000", "--log-every", "1", "--out", str(out)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        metrics = out / "metrics.jsonl"
+        while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 2):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(number)
+        said, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    step = int(said.split("Stopped at step ")[1].split(";")[0])
+    assert (out / "checkpoints" / f"step-{step:06d}" / "manifest.json").is_file()
+    go_on = said.strip().splitlines()[-1].split("Go on: liquid-diffusion ")[1].split()
+    assert run(*go_on, "--steps", str(step + 1)) == 0
+    assert (out / "checkpoints" / f"step-{step + 1:06d}").is_dir()

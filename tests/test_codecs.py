@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+
+from liquid_diffusion.codecs import AutoencoderCodec, PixelCodec, load_vae, make_codec
+from liquid_diffusion.config import UserError
+
+
+def tiny_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=[8, 16], norm_num_groups=4,
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4])
+def test_pixels_come_back_to_the_bit(factor: int) -> None:
+    """All 256 values in all three channels, through fitted statistics, as they are saved: uint8 in, uint8 out."""
+    pixels = torch.randint(0, 256, (4, 3, 16, 24), dtype=torch.uint8)
+    pixels.view(-1)[:256] = torch.arange(256)
+    images = pixels.float() / 127.5 - 1
+    codec = PixelCodec(factor)
+    codec.fit([images])
+    latents = codec.encode(images)
+    assert latents.shape == (4, 3 * factor**2, 16 // factor, 24 // factor)
+    again = ((codec.decode(latents) + 1) * 127.5).round().to(torch.uint8)
+    assert torch.equal(again, pixels)
+
+
+def test_space_to_depth_keeps_neighbours_together() -> None:
+    codec = PixelCodec(2)
+    images = torch.arange(3 * 4 * 4).reshape(1, 3, 4, 4).float() / 48
+    latents = codec.encode(images)
+    assert set(latents[0, :4, 1, 0].tolist()) == set(images[0, 0, 2:, :2].flatten().tolist())
+
+
+@pytest.mark.parametrize("codec", [PixelCodec(2), AutoencoderCodec(tiny_vae(), "x")], ids=["pixels", "vae"])
+def test_latents_are_normalised(codec: PixelCodec | AutoencoderCodec) -> None:
+    batches = [torch.rand(8, 3, 16, 16) * torch.tensor([0.2, 0.5, 1.0])[:, None, None] for _ in range(4)]
+    codec.fit(batches)
+    latents = codec.encode(torch.cat(batches), torch.Generator().manual_seed(0)).double()
+    torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(codec.channels).double(), atol=0.05, rtol=0)
+    torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(codec.channels).double(), atol=0.05, rtol=0)
+
+
+def test_autoencoder_is_frozen_and_its_own_scaling_is_undone() -> None:
+    vae = tiny_vae().train()
+    codec = AutoencoderCodec(vae, "x")
+    assert codec.factor == 2
+    assert not vae.training
+    assert not any(parameter.requires_grad for parameter in vae.parameters())
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    codec.fit([images])
+    latents = codec.encode(images, torch.Generator().manual_seed(1))
+    assert not latents.requires_grad
+    raw = vae.encode(images).latent_dist.sample(torch.Generator().manual_seed(1))
+    torch.testing.assert_close(codec.decode(latents), vae.decode(raw).sample.clamp(-1, 1), atol=1e-5, rtol=1e-5)
+
+
+def test_posterior_is_drawn_from_the_generator() -> None:
+    codec = AutoencoderCodec(tiny_vae(), "x")
+    images = torch.rand(2, 3, 16, 16)
+    first, again, other = (codec.encode(images, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_decoding_goes_on_in_tiles_when_the_memory_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = AutoencoderCodec(tiny_vae(), "x")
+    decode, fails = codec.vae.decode, [True]
+
+    def full(z: torch.Tensor) -> object:
+        if fails.pop() if fails else False:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(z)
+
+    monkeypatch.setattr(codec.vae, "decode", full)
+    latents = torch.randn(2, 4, 8, 8)
+    images = codec.decode(latents)
+    assert codec.vae.use_slicing
+    assert codec.vae.use_tiling
+    torch.testing.assert_close(images, decode(latents).sample.clamp(-1, 1), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["kl", "tiny"])
+def test_codec_from_a_folder_and_its_state(tmp_path: Path, kind: str) -> None:
+    vae = tiny_vae() if kind == "kl" else AutoencoderTiny(
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1),
+    )  # fmt: skip
+    vae.save_pretrained(tmp_path)
+    codec = make_codec(str(tmp_path))
+    codec.fit([torch.rand(4, 3, 16, 16)])
+    again = make_codec(**codec.state())
+    images = torch.rand(1, 3, 16, 16)
+    first, second = (c.encode(images, torch.Generator().manual_seed(0)) for c in (codec, again))
+    torch.testing.assert_close(first, second)
+    assert codec.decode(first).shape == images.shape
+
+
+def test_codecs_that_can_not_be_had(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"neither a folder here nor reachable.*--codec pixels"):
+        load_vae(str(tmp_path / "nowhere"))
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    with pytest.raises(UserError, match="is a UNet2DModel; only AutoencoderKL and AutoencoderTiny"):
+        load_vae(str(tmp_path / "unet"))

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, FlowMatchHeunDiscreteScheduler
+
+from liquid_diffusion.codecs import AutoencoderCodec
+from liquid_diffusion.config import UserError
+from liquid_diffusion.models.unet import LiquidUNet
+from liquid_diffusion.pipeline import LiquidDiffusionPipeline, load_pipeline
+from liquid_diffusion.sampling import make_scheduler, seeded_generators
+
+NAMES = ["Cat", "dog"]
+
+
+def make(classes: int = 2, vae: AutoencoderKL | None = None) -> LiquidDiffusionPipeline:
+    model = LiquidUNet(4 if vae else 12, classes, widths=(32, 64), depths=(1, 1))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    codec = AutoencoderCodec(vae, "somewhere").state() if vae else None
+    pipeline = LiquidDiffusionPipeline(
+        model, make_scheduler(), vae, codec=codec, label_names=NAMES[:classes], image_size=16
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_a_picture_does_not_change_with_the_batch() -> None:
+    pipeline = make()
+    labels = [0, 1, 1, 0, 1]
+    together = pipeline(5, labels, 4, 2.0, seeded_generators(10, 5), output_type="pt").images
+    alone = [pipeline(1, [labels[i]], 4, 2.0, seeded_generators(10 + i, 1), output_type="pt").images for i in range(5)]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=1e-4)
+    assert (together[1] - together[2]).abs().max() > 0.1  # same class, other seed
+
+
+def test_output_types_are_the_same_picture() -> None:
+    pipeline = make()
+    pt, array, pil, latent = (
+        pipeline(2, "dog", 2, generator=seeded_generators(0, 2), output_type=kind, return_dict=False)[0]
+        for kind in ("pt", "np", "pil", "latent")
+    )
+    np.testing.assert_allclose(array, ((pt + 1) / 2).permute(0, 2, 3, 1).numpy())
+    np.testing.assert_allclose(np.asarray(pil[1]) / 255, array[1], atol=1 / 255)
+    torch.testing.assert_close(pipeline.codec.decode(latent), pt)
+    with pytest.raises(ValueError, match="pil, np, pt or latent"):
+        pipeline(1, output_type="jpeg")
+
+
+def test_class_names() -> None:
+    pipeline = make()
+    expected: dict[str | int | None, list[int]] = {
+        "cat": [0] * 3,
+        "DOG ": [1] * 3,
+        1: [1] * 3,
+        "1": [1] * 3,
+        None: [0, 1, 0],
+    }
+    for given, numbers in expected.items():
+        labels = pipeline.labels(given, 3)
+        assert labels is not None
+        assert labels.tolist() == numbers
+    for wrong in ("horse", 2, -1):
+        with pytest.raises(UserError, match=r"no class .*; the model knows Cat, dog"):
+            pipeline.labels(wrong, 3)
+    with pytest.raises(UserError, match="2 classes were given for 3 pictures"):
+        pipeline.labels(["cat", "dog"], 3)
+    assert make(classes=0).labels(None, 3) is None
+    with pytest.raises(UserError, match="has no classes"):
+        make(classes=0).labels("cat", 3)
+
+
+def test_labels_and_guidance_reach_the_picture() -> None:
+    pipeline = make()
+
+    def draw(label: str, guidance: float) -> torch.Tensor:
+        return pipeline(1, label, 2, guidance, seeded_generators(0, 1), output_type="latent").images
+
+    assert (draw("cat", 1.0) - draw("dog", 1.0)).abs().max() > 1e-3
+    assert (draw("cat", 1.0) - draw("cat", 3.0)).abs().max() > 1e-3
+
+
+def test_callback_sees_every_step() -> None:
+    seen = []
+
+    def look(_: object, index: int, timestep: int, tensors: dict[str, torch.Tensor]) -> None:
+        seen.append((index, timestep, tensors["latents"].shape, tensors["x0"].shape))
+
+    make()(2, num_inference_steps=4, callback_on_step_end=look)
+    shape = (2, 12, 8, 8)
+    assert seen == [(i, t, shape, shape) for i, t in enumerate((1000, 750, 500, 250))]
+
+
+def test_other_sizes() -> None:
+    pipeline = make()
+    assert pipeline(1, height=24, width=8, output_type="pt").images.shape == (1, 3, 24, 8)
+    with pytest.raises(UserError, match="divisible by 4, not 18 x 16"):
+        pipeline(1, height=18)
+
+
+@pytest.mark.parametrize("with_vae", [False, True])
+def test_save_and_load(tmp_path: Path, with_vae: bool) -> None:
+    vae = None
+    if with_vae:
+        vae = AutoencoderKL(
+            block_out_channels=[8, 16], norm_num_groups=4,
+            down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+        )  # fmt: skip
+    pipeline = make(vae=vae)
+    pipeline.save_pretrained(tmp_path)
+    again = load_pipeline(str(tmp_path))
+    again.set_progress_bar_config(disable=True)
+    first, second = (
+        p(2, "cat", 2, generator=seeded_generators(0, 2), output_type="pt").images for p in (pipeline, again)
+    )
+    torch.testing.assert_close(first, second, atol=0, rtol=0)
+    assert again.config["label_names"] == NAMES
+    again.scheduler = FlowMatchHeunDiscreteScheduler.from_config(again.scheduler.config)
+    assert again(1, output_type="pt").images.isfinite().all()
+
+
+def test_runs_that_can_not_be_loaded(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no run './nowhere'; train one with"):
+        load_pipeline("./nowhere")
+    with pytest.raises(UserError, match="no trained model yet"):
+        load_pipeline(str(tmp_path))
+    make().save_pretrained(tmp_path)
+    weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="is damaged"):
+        load_pipeline(str(tmp_path))

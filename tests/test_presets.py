@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+from liquid_diffusion.config import TrainConfig
+from liquid_diffusion.presets import resolve
+
+
+def test_a_gpu_gets_more_than_a_cpu() -> None:
+    cpu, gpu = (resolve(TrainConfig(), device) for device in ("cpu", "cuda"))
+    assert (cpu.model, cpu.image_size, cpu.codec, cpu.flip) == ("nano", 32, "pixels", False)
+    assert (gpu.model, gpu.image_size, gpu.codec, gpu.flip) == ("tiny", 64, "pixels", False)
+
+
+def test_own_pictures() -> None:
+    config = resolve(TrainConfig(data="/a/my_photos", image_size=256), "cuda")
+    assert (config.codec, config.flip, config.out) == ("sd-vae", True, "runs/my_photos-256")
+
+
+def test_what_was_said_stays() -> None:
+    said = TrainConfig(image_size=64, codec="taesd", model="base", steps=7, batch_size=3, flip=True, out="x", lr=0.5)
+    config = resolve(said, "cpu")
+    for name, value in vars(said).items():
+        assert getattr(config, name) == value

@@ -1,0 +1,256 @@
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from liquid_diffusion.config import TrainConfig, UserError
+from liquid_diffusion.data import pictures
+from liquid_diffusion.models.unet import LiquidUNet
+from liquid_diffusion.pipeline import load_pipeline
+from liquid_diffusion.training.trainer import Trainer, learning_rate_factor
+
+Make = Callable[..., TrainConfig]
+
+
+def state(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """All numbers that decide how a run goes on."""
+    found = {f"model.{name}": value.clone() for name, value in trainer.model.state_dict().items()}
+    found |= {f"ema.{i}": value.clone() for i, value in enumerate(trainer.ema.shadow_params)}
+    for i, moments in enumerate(trainer.optimizer.state.values()):
+        found |= {f"optimizer.{i}.{name}": torch.as_tensor(value).clone() for name, value in moments.items()}
+    found["generator"] = trainer.generator.get_state()
+    found["lr"] = torch.tensor(trainer.scheduler.get_last_lr())
+    return found
+
+
+@pytest.mark.parametrize("changes", [{}, {"data": "photos", "gradient_accumulation": 2, "precision": "bf16"}])
+def test_n_and_n_steps_equal_2n(quick: Make, photos: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    """To the bit, with a new `Trainer` in between: weights, averages, moments, generator, and the data's order."""
+    if "data" in changes:
+        changes = {**changes, "data": str(photos)}
+    straight = Trainer(quick(steps=6, out=str(tmp_path / "straight"), **changes))
+    losses = [result.loss.item() for result in straight.steps()]
+
+    first = Trainer(quick(steps=6, out=str(tmp_path / "halves"), **changes))
+    halves = [result.loss.item() for result in itertools.islice(first.steps(), 3)]
+    first.save()
+    torch.manual_seed(123)  # what another process would have drawn
+    second = Trainer(quick(steps=6, out=str(tmp_path / "halves"), **changes))
+    assert second.step == 3
+    halves += [result.loss.item() for result in second.steps()]
+
+    assert halves == losses
+    ours, theirs = state(second), state(straight)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
+
+
+def test_every_source_of_randomness_is_in_the_checkpoint(quick: Make) -> None:
+    """The draws after a resume are the ones that would have come: the run's generator and the global ones."""
+    trainer = Trainer(quick())
+    list(itertools.islice(trainer.steps(), 2))
+    trainer.save()
+    expected = (torch.rand(3, generator=trainer.generator), torch.rand(3))
+    again = Trainer(quick())
+    drawn = (torch.rand(3, generator=again.generator), torch.rand(3))
+    assert all(torch.equal(first, second) for first, second in zip(expected, drawn, strict=True))
+
+
+def test_loss_falls_by_half_in_200_steps(quick: Make) -> None:
+    trainer = Trainer(quick(steps=200, batch_size=16, precision="auto", warmup_steps=20))
+    losses = [result.loss.item() for result in trainer.steps()]
+    assert np.mean(losses[:5]) == pytest.approx(2.0, abs=0.4)  # variance of eps - x0 for normalised x0
+    assert np.mean(losses[-20:]) < 0.5 * np.mean(losses[:5])
+
+
+def test_target_of_the_training_is_noise_minus_data(quick: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that knows the data and answers (x_t - x0) / t, which is eps - x0, has no loss."""
+    trainer = Trainer(quick(time_sampling="uniform"))
+    images, labels, _ = next(iter(trainer._loader()))
+    x0 = trainer.codec.encode(images.float() / 127.5 - 1)
+
+    class Knowing:
+        def __call__(self, x_t: torch.Tensor, t: torch.Tensor, _: torch.Tensor) -> Any:
+            return type("Output", (), {"sample": (x_t - x0) / t[:, None, None, None]})
+
+    monkeypatch.setattr(trainer, "wrapped", Knowing())
+    assert trainer.loss(images, labels).item() < 1e-4
+
+
+def test_labels_are_hidden_at_the_wanted_rate(quick: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(quick(label_dropout=0.25))
+    seen: list[torch.Tensor] = []
+
+    def watch(x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> Any:
+        seen.append(labels)
+        return type("Output", (), {"sample": x})
+
+    monkeypatch.setattr(trainer, "wrapped", watch)
+    labels = torch.arange(1000) % 9
+    trainer.loss(torch.zeros(1000, 3, 16, 16, dtype=torch.uint8), labels)
+    hidden = seen[0] == 9
+    assert 0.2 < hidden.float().mean() < 0.3
+    assert torch.equal(seen[0][~hidden], labels[~hidden])
+
+
+def test_ema_follows_its_warm_up(quick: Make) -> None:
+    """The averages by hand: decay min(0.999, 1 - (1 + n)^-3/4) at update n, so 20 steps are far from the start."""
+    trainer = Trainer(quick(steps=20))
+    name = "stem.0.weight"
+    start = trainer.model.state_dict()[name].double().clone()
+    average = start.clone()
+    for i, _ in enumerate(trainer.steps()):
+        decay = 0.0 if i == 0 else min(0.999, 1 - (1 + i) ** -0.75)
+        average = decay * average + (1 - decay) * trainer.model.state_dict()[name].double()
+    end = trainer.model.state_dict()[name].double()
+    with trainer.ema_weights():
+        ours = trainer.model.state_dict()[name].double().clone()
+    torch.testing.assert_close(ours, average, atol=1e-6, rtol=1e-4)
+    assert (ours - end).norm() < 0.5 * (start - end).norm()  # without the warm-up it would be 0.98
+    assert torch.equal(trainer.model.state_dict()[name].double(), end)  # the training's own weights came back
+
+
+def test_learning_rate() -> None:
+    factors = [learning_rate_factor(step, 100, warmup=10, cooldown=0.4) for step in range(101)]
+    np.testing.assert_allclose(factors[:10], np.arange(1, 11) / 10)
+    assert set(factors[10:61]) == {1.0}
+    np.testing.assert_allclose(factors[60:101], 0.5 * (1 + np.cos(np.linspace(0, np.pi, 41))), atol=1e-12)
+
+
+def test_a_whole_run(quick: Make, tmp_path: Path) -> None:
+    trainer = Trainer(quick(steps=4, sample_every=2, checkpoint_every=2, log_every=2))
+    assert trainer.run()
+    run = tmp_path / "run"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    assert all(line["loss"] > 0 and line["images_per_second"] > 0 for line in lines)
+    assert list((run / "tensorboard").iterdir())
+    for step in (2, 4):
+        with Image.open(run / "samples" / f"step-{step:06d}.png") as grid:
+            assert grid.height >= 9 * 64
+        assert (run / "checkpoints" / f"step-{step:06d}" / "manifest.json").is_file()
+    assert not list(run.rglob("*.partial"))
+    weights = load_pipeline(str(run)).unet.state_dict()
+    with trainer.ema_weights():
+        assert all(torch.equal(value, weights[name]) for name, value in trainer.model.state_dict().items())
+
+
+def test_grids_do_not_change_the_training(quick: Make, tmp_path: Path) -> None:
+    states = []
+    for every in (1, 1000):
+        trainer = Trainer(quick(sample_every=every, checkpoint_every=1000, out=str(tmp_path / str(every))))
+        trainer.run()
+        states.append(state(trainer))
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_accumulation_is_the_same_batch_in_parts(quick: Make, tmp_path: Path) -> None:
+    gradients = []
+    for parts in (1, 4):
+        trainer = Trainer(quick(gradient_accumulation=parts, out=str(tmp_path / str(parts))))
+        images, labels, _ = next(iter(trainer._loader()))
+        with torch.no_grad():
+            for parameter in trainer.model.parameters():
+                parameter.add_(0.02)
+        # the draws of each part follow one another, so the batch is made of equal ones to be comparable
+        images, labels = images[:1].expand(8, -1, -1, -1), labels[:1].expand(8)
+        monkey = torch.Generator().get_state()
+        losses = []
+        for some_images, some_labels in zip(images.chunk(parts), labels.chunk(parts), strict=True):
+            trainer.generator.set_state(monkey)
+            draw = trainer.loss(some_images[:1], some_labels[:1])
+            losses.append(draw * len(some_images) / len(images))
+        sum(losses).backward()  # type: ignore[union-attr]
+        gradients.append([p.grad for p in trainer.model.parameters()])
+    for first, second in zip(*gradients, strict=True):
+        torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-3)
+
+
+def test_bad_pictures_are_named_counted_and_skipped(
+    quick: Make, photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both where all is decoded before and where worker processes read while the run goes on."""
+    for name in ("00", "02"):
+        (photos / "dog" / f"{name}.png").write_bytes((photos / "dog" / f"{name}.png").read_bytes()[:300])
+    for out, limit in (("in-memory", 2**20), ("while-training", 0)):
+        monkeypatch.setattr(pictures, "_IN_MEMORY_BYTES", limit)
+        trainer = Trainer(quick(data=str(photos), steps=6, out=str(photos.parent / out)))
+        assert len(list(trainer.steps())) == 6
+        lines = (photos.parent / out / "skipped.jsonl").read_text().splitlines()
+        assert len(lines) == 2
+        assert "00.png" in "".join(lines)
+        said = capsys.readouterr()
+        assert "Skipped 2 pictures" in said.out + said.err
+        assert "more than 5 %" in said.out + said.err
+
+
+def test_a_loss_that_is_no_number_ends_the_run(quick: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(quick(steps=4, log_every=1, checkpoint_every=1))
+    monkeypatch.setattr(trainer, "train_step", lambda *_: torch.tensor(float("nan")))
+    with pytest.raises(UserError, match="no number any more at step 1"):
+        trainer.run()
+    assert not trainer.checkpoints.all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": "tiny"}, r"was trained with model nano, not tiny; say --model nano .* or choose another --out"),
+        ({"image_size": 32}, "trained with image_size 16, not 32"),
+        ({"seed": 1}, "trained with seed 0, not 1"),
+        ({"data": "photos"}, "trained with data emoji"),
+    ],
+)
+def test_another_run_is_not_gone_on_with(quick: Make, photos: Path, changes: dict[str, Any], words: str) -> None:
+    trainer = Trainer(quick())
+    trainer.save()
+    before = {path: path.read_bytes() for path in trainer.run_folder.rglob("*") if path.is_file()}
+    if "data" in changes:
+        changes = {"data": str(photos)}
+    with pytest.raises(UserError, match=words):
+        Trainer(quick(**changes))
+    after = {path: path.read_bytes() for path in trainer.run_folder.rglob("*") if path.is_file()}
+    assert after == before
+
+
+def test_data_that_changed_is_not_gone_on_with(quick: Make, photos: Path) -> None:
+    Trainer(quick(data=str(photos))).save()
+    (photos / "dog" / "00.png").unlink()
+    with pytest.raises(UserError, match=r"has changed since .* had 24 pictures, now 23"):
+        Trainer(quick(data=str(photos)))
+
+
+def test_more_steps_go_on(quick: Make) -> None:
+    Trainer(quick(steps=2)).run()
+    longer = Trainer(quick(steps=3))
+    assert (longer.step, longer.finished) == (2, False)
+    assert [result.step for result in longer.steps()] == [3]
+
+
+def test_wrong_size(quick: Make, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"image_size 20 can't be divided by 8.*the next that can is 24"):
+        Trainer(quick(image_size=20))
+    assert not (tmp_path / "run").exists()
+
+
+def test_out_that_is_a_file(quick: Make, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(UserError, match="can't be written to"):
+        Trainer(quick())
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_gradient_checkpointing_is_switched_on(quick: Make) -> None:
+    trainer = Trainer(quick(gradient_checkpointing=True, steps=1))
+    assert isinstance(trainer.model, LiquidUNet)
+    assert trainer.model.is_gradient_checkpointing
+    assert len(list(trainer.steps())) == 1
