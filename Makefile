@@ -2,12 +2,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/quickstart
 
-.PHONY: quickstart test lint install clean
+.PHONY: quickstart test lint bench-depthwise install clean
 
 quickstart: install  ## train on the emoji, draw pictures, and show the nearest training picture of each
 	$(BIN)/liquid-diffusion train --out $(RUN)
-	$(BIN)/liquid-diffusion sample $(RUN) --n 72 --guidance 2 --out $(RUN)/grid.png
-	$(BIN)/liquid-diffusion sample $(RUN) --n 16 --guidance 2 --nearest true --out $(RUN)/nearest.png
+	$(BIN)/liquid-diffusion sample $(RUN) --n 72 --out $(RUN)/grid.png
+	$(BIN)/liquid-diffusion sample $(RUN) --n 16 --nearest true --out $(RUN)/nearest.png
 
 test: install  ## the whole suite
 	$(BIN)/python -m pytest
@@ -16,6 +16,9 @@ lint: install  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench-depthwise: install  ## our depthwise convolution beside the library's
+	$(BIN)/python benchmarks/depthwise.py
 
 install: .venv/installed
 

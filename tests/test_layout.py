@@ -22,6 +22,7 @@ FLOORS = {
     "grid": 0,
     "models": 0,
     "data": 1,
+    "compile": 1,
     "pipeline": 2,
     "generate": 3,
     "training": 3,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 SOLVERS = ("euler", "heun", "unipc", "dpm++")
+GUIDANCE = 2.0  # of grids and samples where nothing is said
 
 
 class UserError(ValueError):
@@ -38,7 +39,7 @@ class TrainConfig:
     )
     steps: int | None = _option(None, "optimiser steps (default: by data and machine)")
     batch_size: int | None = _option(None, "pictures of an optimiser step on each device (default: by image size)")
-    lr: float = _option(1e-3, "learning rate after the warm-up")
+    lr: float | None = _option(None, "learning rate after the warm-up (default: by model)")
     warmup_steps: int = _option(100, "steps in which the learning rate rises from zero")
     cooldown: float = _option(0.4, "last part of the steps, in which the learning rate falls to zero as a cosine")
     weight_decay: float = _option(0.01, "decoupled weight decay of AdamW")
@@ -65,7 +66,7 @@ class TrainConfig:
         for name in ("cooldown", "label_dropout", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} must lie between 0 and 1, not {getattr(self, name)}.")
-        if self.lr <= 0 or self.max_grad_norm <= 0:
+        if (self.lr is not None and self.lr <= 0) or self.max_grad_norm <= 0:
             raise UserError("lr and max_grad_norm must be above 0.")
         if self.workers < 0 or self.warmup_steps < 0:
             raise UserError("workers and warmup_steps can't be below 0.")
@@ -85,6 +86,7 @@ class RunConfig(TrainConfig):
     codec: str = ""
     steps: int = 0
     batch_size: int = 0
+    lr: float = 0.0
     flip: bool = False
 
 
@@ -96,7 +98,7 @@ class SampleConfig:
     steps: int = _option(25, "steps of the solver")
     solver: str = _option("euler", ", ".join(SOLVERS))
     label: str | None = _option(None, "class, by name or number (default: all in turn)")
-    guidance: float = _option(1.0, "classifier-free guidance; 1 is none")
+    guidance: float = _option(GUIDANCE, "classifier-free guidance where there are classes; 1 is none")
     seed: int = _option(0, "picture i has the seed SEED + i")
     batch_size: int = _option(64, "pictures computed at once; it does not change them")
     out: str = _option("samples.png", "a .png is one grid, anything else a folder of single pictures")

@@ -15,10 +15,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from liquid_diffusion.codecs import AutoencoderCodec, Codec, PixelCodec
-from liquid_diffusion.config import UserError
+from liquid_diffusion.compile import compile_for_sampling
+from liquid_diffusion.config import GUIDANCE, UserError
 from liquid_diffusion.data.transforms import to_pil
 from liquid_diffusion.models.unet import LiquidUNet
-from liquid_diffusion.sampling import guide, sample_steps
+from liquid_diffusion.sampling import sample_steps, solver_times
 
 
 class LiquidDiffusionPipeline(DiffusionPipeline):
@@ -100,7 +101,7 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
         batch_size: int = 1,
         class_labels: Sequence[str | int] | str | int | None = None,
         num_inference_steps: int = 25,
-        guidance_scale: float = 1.0,
+        guidance_scale: float = GUIDANCE,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -114,7 +115,7 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
             batch_size: how many.
             class_labels: names or numbers of classes, one for all or one for each; None takes all in turn.
             num_inference_steps: steps of the solver.
-            guidance_scale: classifier-free guidance; 1 is none.
+            guidance_scale: classifier-free guidance where there are classes; 1 is none.
             generator: one generator, or one for each picture: then a picture does not depend on the others.
             output_type: "pil"; "np" (B, H, W, 3) in [0, 1]; "pt" (B, 3, H, W) in [-1, 1]; or "latent".
             return_dict: False for a tuple.
@@ -136,19 +137,17 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
         labels = self.labels(class_labels, batch_size)
         shape = (batch_size, codec.channels, size[0] // codec.factor, size[1] // codec.factor)
         x = randn_tensor(shape, generator=generator, device=self._execution_device)
-        velocity = guide(self._predict, labels, self.unet.config["num_classes"], guidance_scale)
-        with self.progress_bar(total=num_inference_steps) as bar:
+        times = solver_times(self.scheduler, num_inference_steps, x.device)
+        dtype = None if self.unet.dtype == torch.float32 else self.unet.dtype
+        velocity = compile_for_sampling(self.unet, times, labels, guidance_scale, dtype)
+        with self.progress_bar(total=len(times)) as bar:
             for step in sample_steps(velocity, x, self.scheduler, num_inference_steps):
                 x = step.x
-                bar.total = step.total
                 bar.update()
                 if callback_on_step_end is not None:
                     callback_on_step_end(self, step.index, round(1000 * step.t), {"latents": x, "x0": step.x0})
         images = x if output_type == "latent" else self._output(codec.decode(x), output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-    def _predict(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Any:
-        return self.unet(x.to(self.unet.dtype), t, labels)
 
     @staticmethod
     def _output(images: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor:

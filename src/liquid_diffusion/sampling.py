@@ -96,6 +96,23 @@ def guide(
     return guided
 
 
+def solver_times(scheduler: SchedulerMixin, steps: int, device: torch.device | str = "cpu") -> list[float]:
+    """Set a scheduler to some steps, and tell the times in [0, 1] at which it will ask for the velocity.
+
+    Raises:
+        UserError: there is no step.
+    """
+    if steps < 1:
+        raise UserError(f"A sample needs at least 1 step, not {steps}.")
+    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+        # its own spacing spends the last step between t = 0.001 and 0
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps).tolist(), device=device)
+    else:
+        scheduler.set_timesteps(steps, device=device)
+    # the multistep schedulers round their timesteps to whole numbers; their sigmas are the exact times
+    return [float(sigma) for sigma in scheduler.sigmas[: len(scheduler.timesteps)]]
+
+
 @torch.no_grad()
 def sample_steps(velocity: Velocity, noise: Tensor, scheduler: SchedulerMixin, steps: int = 25) -> Iterator[SampleStep]:
     """Integrate from noise at t = 1 to data at t = 0, yielding after every evaluation of the velocity.
@@ -109,17 +126,9 @@ def sample_steps(velocity: Velocity, noise: Tensor, scheduler: SchedulerMixin, s
     Yields:
         A `SampleStep` for each evaluation; the last one's `x` is the sample.
     """
-    if steps < 1:
-        raise UserError(f"A sample needs at least 1 step, not {steps}.")
-    if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-        # its own spacing spends the last step between t = 0.001 and 0
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps).tolist(), device=noise.device)
-    else:
-        scheduler.set_timesteps(steps, device=noise.device)
-    x, total = noise, len(scheduler.timesteps)
-    for index, timestep in enumerate(scheduler.timesteps):
-        # the multistep schedulers round their timesteps to whole numbers; their sigmas are the exact times
-        t = float(scheduler.sigmas[index])
+    schedule = solver_times(scheduler, steps, noise.device)
+    x, total = noise, len(schedule)
+    for index, (t, timestep) in enumerate(zip(schedule, scheduler.timesteps, strict=True)):
         times = torch.full((len(x),), t, device=x.device)
         v = velocity(x, times).to(x.dtype)
         x0 = predicted_data(x, v, times)

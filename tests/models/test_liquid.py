@@ -82,7 +82,7 @@ def transcription(weights: dict[str, Tensor], x: Tensor, condition: Tensor) -> T
 
     u = normalise(x) * (1 + m[6]) + m[7]
     inner = pointwise(weights, "feed_forward.0", u)
-    inner = inner * 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (inner + 0.044715 * inner**3)))
+    inner = inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2)))
     return x + m[8] * pointwise(weights, "feed_forward.2", inner)
 
 

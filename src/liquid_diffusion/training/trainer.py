@@ -351,7 +351,7 @@ class Trainer:
         rows = len(names[:10]) or 4
         count = rows * _GRID_COLUMNS
         labels = [row for row in range(rows) for _ in range(_GRID_COLUMNS)] if names else None
-        with self.ema_weights(), self.accelerator.autocast():
+        with self.ema_weights():
             images = self.pipeline()(count, labels, generator=seeded_generators(0, count)).images
         path = self.run_folder / "samples" / f"step-{self.step:06d}.png"
         path.parent.mkdir(exist_ok=True)

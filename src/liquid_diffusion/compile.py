@@ -1,0 +1,217 @@
+"""The model rewritten for one sampling schedule.
+
+Without attention, all that depends on time and label is known before the first step: it is computed once for the
+whole schedule, what remains is a chain of convolutions and a few fused elementwise passes on one picture.
+
+What is rewritten, all of it exactly:
+
+- time embedding, label embedding, and every linear layer behind them become a table of vectors, a row for each
+  (time, label);
+- the heads g and h of the gate become h and g - h, so that ``gate g + (1 - gate) h = h + gate (g - h)`` is one pass;
+- slope and offset of the gate, relaxation weight and output gate are multiplied into one another in the table;
+- the three depthwise kernels become one;
+- weights are converted to the sampling dtype once, not at every step.
+
+Shapes: B batch, C channels, H W height and width, T width of the condition embedding, R rows of the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from liquid_diffusion.models.depthwise import merge_kernels
+from liquid_diffusion.models.layers import channel_norm
+from liquid_diffusion.models.liquid import LiquidBlock
+from liquid_diffusion.models.unet import LiquidUNet
+from liquid_diffusion.sampling import Velocity
+
+
+def fastest_dtype(device: torch.device) -> torch.dtype:
+    """The dtype to sample in on a device: bfloat16 on a CPU with AMX tiles and on a GPU that computes it natively,
+    float16 on an older GPU, float32 elsewhere."""
+    if device.type == "cpu":
+        return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.float32
+
+
+class _Convolution:
+    """A convolution with its weights in the sampling dtype and in channels_last."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, layer: nn.Conv2d | None = None) -> None:
+        self.weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
+        self.bias = None if bias is None else bias.to(dtype)
+        self.stride = layer.stride if layer is not None else 1
+        self.padding = layer.padding if layer is not None else weight.shape[-1] // 2
+        self.groups = layer.groups if layer is not None else 1
+
+    @classmethod
+    def of(cls, layer: nn.Conv2d, dtype: torch.dtype) -> _Convolution:
+        return cls(layer.weight, layer.bias, dtype, layer)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, 1, self.groups)
+
+
+class _FoldedBlock:
+    """A `LiquidBlock` for the conditions (R, T) that will be met."""
+
+    def __init__(self, block: LiquidBlock, conditions: Tensor, dtype: torch.dtype) -> None:
+        cfc, mix = block.cfc, block.mix
+        m = block.modulation(conditions).float().chunk(9, dim=1)  # 9 x (R, C)
+        alpha = cfc.alpha(conditions) if cfc.relaxation == "liquid" else torch.zeros_like(m[2])
+        rows = [1 + m[0], m[1], m[2] * alpha, m[2] * (1 - alpha), 1 + m[3], m[4], m[5], 1 + m[6], m[7], m[8]]
+        self.gated = cfc.gate != "none"
+        weight, bias = cfc.heads.weight, cfc.heads.bias
+        assert bias is not None
+        if self.gated:
+            slope, offset = cfc.slope_and_offset(conditions)  # (R or 1, C, 1, 1) each
+            rows += [part[:, :, 0, 0].float().expand_as(m[0]) for part in (slope, -offset)]
+            (f, g, h), (f0, g0, h0) = weight.chunk(3), bias.chunk(3)
+            weight, bias = torch.cat([f, g - h, h]), torch.cat([f0, g0 - h0, h0])
+        else:
+            weight, bias = torch.stack(weight.chunk(2)).mean(0), torch.stack(bias.chunk(2)).mean(0)
+        self.table = torch.stack(rows).to(dtype)[..., None, None]  # (10 or 12, R, C, 1, 1)
+        self.backbone = _Convolution.of(cfc.backbone, dtype)
+        self.heads = _Convolution(weight, bias, dtype)
+        kernel = merge_kernels(mix.kernel_3, mix.kernel_5, mix.kernel_7)
+        self.depthwise = _Convolution(kernel, mix.bias, dtype)
+        self.depthwise.groups = kernel.shape[0]
+        self.pool_weight, self.pool_bias = mix.pool_gate.weight.to(dtype), mix.pool_gate.bias.to(dtype)
+        self.project = _Convolution.of(mix.project, dtype)
+        widen, _, narrow = block.feed_forward
+        self.widen, self.narrow = (_Convolution.of(layer, dtype) for layer in (widen, narrow))  # type: ignore[arg-type]
+
+    def __call__(self, x: Tensor, row: Tensor) -> Tensor:
+        """x (B, C, H, W), which is overwritten, and the row (B,) of each picture."""
+        v = self.table[:, row]  # (10 or 12, B, C, 1, 1)
+        u = torch.addcmul(v[1], channel_norm(x), v[0])
+        heads = self.heads(F.silu(self.backbone(u), inplace=True))
+        if self.gated:
+            f, difference, h = heads.chunk(3, dim=1)
+            out = torch.addcmul(h, torch.addcmul(v[11], f, v[10]).sigmoid_(), difference)
+        else:
+            out = heads
+        x.addcmul_(u, v[2]).addcmul_(out, v[3])
+
+        u = torch.addcmul(v[5], channel_norm(x), v[4])
+        pooled = torch.sigmoid(F.linear(u.mean((2, 3)), self.pool_weight, self.pool_bias))
+        x.addcmul_(self.project(self.depthwise(u).mul_(pooled[:, :, None, None])), v[6])
+
+        u = torch.addcmul(v[8], channel_norm(x), v[7])
+        return x.addcmul_(self.narrow(F.gelu(self.widen(u))), v[9])
+
+
+class CompiledVelocity:
+    """v(x, t) of a model for the times of one schedule; made by `compile_for_sampling`.
+
+    It keeps copies of the weights it needs; the model is not touched and may be dropped.
+    """
+
+    def __init__(
+        self, model: LiquidUNet, times: Sequence[float], labels: Tensor | None, guidance: float, dtype: torch.dtype
+    ) -> None:
+        self.device, self.dtype, self.guidance = model.device, dtype, guidance
+        self._step = {round(t, 6): i for i, t in enumerate(sorted(set(times)))}
+        t = torch.tensor(sorted(set(times)), device=self.device)
+        classes = model.config["num_classes"]
+        if labels is None and classes:
+            labels = torch.full((1,), classes, device=self.device)  # broadcast over any batch
+        self.guided = guidance != 1.0 and labels is not None and bool(classes)
+        if labels is None:
+            conditions = model.condition(t)
+            self.rows = torch.zeros(1, dtype=torch.long, device=self.device)
+            self.labels_per_step = 1
+        else:
+            wanted = torch.cat([labels, torch.full_like(labels, classes)]) if self.guided else labels
+            unique, self.rows = wanted.unique(return_inverse=True)
+            self.labels_per_step = len(unique)
+            conditions = model.condition(t.repeat_interleave(len(unique)), unique.repeat(len(t)))
+
+        def blocks(stage: nn.Module) -> list[_FoldedBlock]:
+            folded = []
+            for block in stage.children():
+                assert isinstance(block, LiquidBlock)
+                folded.append(_FoldedBlock(block, conditions, dtype))
+            return folded
+
+        def convolutions(layers: nn.Module) -> list[_Convolution]:
+            return [_Convolution.of(layer, dtype) for layer in layers.children() if isinstance(layer, nn.Conv2d)]
+
+        self.stem = convolutions(model.stem)
+        self.encoder = [blocks(stage) for stage in model.encoder]
+        self.downsamples = convolutions(model.downsamples)
+        self.bottleneck = blocks(model.bottleneck)
+        self.fuses = convolutions(model.fuses)
+        self.upsamples = convolutions(model.upsamples)
+        self.decoder = [blocks(stage) for stage in model.decoder]
+        self.groups, self.eps = model.norm.num_groups, model.norm.eps
+        self.norm_weight, self.norm_bias = model.norm.weight.to(dtype), model.norm.bias.to(dtype)
+        self.head = _Convolution.of(model.head, dtype)
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """The velocity at x (B, C, H, W) and t (B,), the same time for all, which must be one of the schedule.
+
+        Raises:
+            ValueError: the time is not of the schedule, or the batch is not the one of the labels.
+        """
+        step = self._step.get(round(float(t[0]), 6))
+        if step is None:
+            raise ValueError(f"t = {float(t[0])} is not of the schedule that the model was compiled for")
+        batch = 2 * len(x) if self.guided else len(x)
+        if len(self.rows) not in (1, 2 * self.guided, batch):
+            raise ValueError(f"compiled for a batch of {len(self.rows)} pictures, called with {batch}")
+        row = step * self.labels_per_step + self.rows
+        if len(row) != batch:
+            row = row.repeat_interleave(batch // len(row))
+        z = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        v = self._forward(torch.cat([z, z]) if self.guided else z, row).to(x.dtype)
+        if not self.guided:
+            return v
+        v_label, v_null = v.chunk(2)
+        return torch.lerp(v_null, v_label, self.guidance)
+
+    def _forward(self, x: Tensor, row: Tensor) -> Tensor:
+        first, second = self.stem
+        x = second(F.silu(first(x), inplace=True))
+        skips = []
+        for i, stage in enumerate(self.encoder):
+            for block in stage:
+                x = block(x, row)
+            skips.append(x)
+            x = self.downsamples[i](x) if i < len(self.downsamples) else x.clone()
+        for block in self.bottleneck:
+            x = block(x, row)
+        for i, stage in enumerate(self.decoder):
+            if i > 0:
+                x = self.upsamples[i - 1](F.interpolate(x, scale_factor=2.0, mode="nearest"))
+            x = self.fuses[i](torch.cat([x, skips.pop()], dim=1))
+            for block in stage:
+                x = block(x, row)
+        return self.head(F.silu(F.group_norm(x, self.groups, self.norm_weight, self.norm_bias, self.eps)))
+
+
+@torch.no_grad()
+def compile_for_sampling(
+    model: LiquidUNet,
+    timesteps: Sequence[float],
+    labels: Tensor | None = None,
+    guidance: float = 1.0,
+    dtype: torch.dtype | None = None,
+) -> Velocity:
+    """A model as the velocity v(x, t) of one schedule, with all that is known beforehand computed beforehand.
+
+    Args:
+        model: left as it is.
+        timesteps: the times in [0, 1] at which the solver will ask, see `sampling.solver_times`.
+        labels: (B,) int64, one for each picture; one for any number of pictures; or None for the null label.
+        guidance: classifier-free guidance; 1 is none.
+        dtype: None for `fastest_dtype`; float32 equals the model to rounding.
+    """
+    return CompiledVelocity(model, timesteps, labels, guidance, dtype or fastest_dtype(model.device))
