@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from liquid_diffusion.config import SOLVERS, UserError
-from liquid_diffusion.sampling import guide, make_scheduler, sample_steps, seeded_generators
+from liquid_diffusion.sampling import guide, make_scheduler, sample_steps, seeded_generators, solver_times
 
 MEAN, DEVIATION = 0.7, 0.3
 
@@ -89,3 +89,8 @@ def test_wrong_wishes_are_refused() -> None:
         make_scheduler("rk45")
     with pytest.raises(UserError, match="at least 1 step"):
         next(sample_steps(exact_velocity, torch.zeros(1, 1, 4, 4), make_scheduler(), 0))
+
+
+def test_euler_steps_are_equal_down_to_zero() -> None:
+    """Its own spacing would take the last step from t = 0.001."""
+    assert solver_times(make_scheduler("euler"), 4) == pytest.approx([1.0, 0.75, 0.5, 0.25])
