@@ -92,7 +92,7 @@ def test_own_folder_in_classes(photos: Path, tmp_path: Path, capsys: Capture) ->
 def test_datasets(capsys: Capture) -> None:
     assert run("datasets") == 0
     table = capsys.readouterr().out
-    assert run("datasets", "--json", "true") == 0
+    assert run("datasets", "--json") == 0
     facts = json.loads(capsys.readouterr().out)
     assert [entry["name"] for entry in facts] == [entry.name for entry in DATASETS]
     assert all(entry["name"] in table and entry["licence"] in table for entry in facts)

@@ -20,9 +20,11 @@ FLOORS = {
     "flow": 0,
     "sampling": 0,
     "grid": 0,
+    "hardware": 0,
     "models": 0,
     "data": 1,
     "compile": 1,
+    "estimate": 1,
     "pipeline": 2,
     "generate": 3,
     "training": 3,
@@ -89,7 +91,7 @@ for floor in sorted(set(floors.values())):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["datasets"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["estimate", "--help"], ["datasets"]])
 def test_help_does_not_import_torch(arguments: list[str]) -> None:
     """What keeps `--help` under a second, as a fact and not as a time."""
     script = f"""

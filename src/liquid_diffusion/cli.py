@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
-from liquid_diffusion.config import SampleConfig, TrainConfig, UserError
+from liquid_diffusion.config import EstimateConfig, SampleConfig, TrainConfig, UserError
 
 _EXAMPLES = """
 examples:
@@ -50,9 +50,18 @@ def _datasets(arguments: dict[str, Any]) -> int:
     return 0
 
 
+def _estimate(arguments: dict[str, Any]) -> int:
+    from liquid_diffusion.estimate import report
+
+    as_json = arguments.pop("json")
+    print(report(EstimateConfig(**arguments), as_json))
+    return 0
+
+
 _COMMANDS: dict[str, tuple[Callable[[dict[str, Any]], int], type | None, str]] = {
     "train": (_train, TrainConfig, "train a generator, or go on with a run"),
     "sample": (_sample, SampleConfig, "draw pictures with a trained one"),
+    "estimate": (_estimate, EstimateConfig, "tell what memory a training will need"),
     "datasets": (_datasets, None, "list the data sets known by name"),
 }
 
@@ -88,8 +97,8 @@ def _parser() -> ArgumentParser:
                 )
         if name == "sample":
             command.add_argument("run", type=str, help="run folder, pipeline folder or Hub id")
-        if name == "datasets":
-            command.add_argument("--json", type=bool, default=False, help="machine-readable")
+        if name in ("datasets", "estimate"):
+            command.add_argument("--json", action="store_true", help="machine-readable")
         commands.add_subcommand(name, command, help=text)
     return parser
 

@@ -23,21 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from liquid_diffusion.hardware import fastest_dtype
 from liquid_diffusion.models.depthwise import merge_kernels
 from liquid_diffusion.models.layers import channel_norm
 from liquid_diffusion.models.liquid import LiquidBlock
 from liquid_diffusion.models.unet import LiquidUNet
 from liquid_diffusion.sampling import Velocity
-
-
-def fastest_dtype(device: torch.device) -> torch.dtype:
-    """The dtype to sample in on a device: bfloat16 on a CPU with AMX tiles and on a GPU that computes it natively,
-    float16 on an older GPU, float32 elsewhere."""
-    if device.type == "cpu":
-        return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    return torch.float32
 
 
 class _Convolution:

@@ -110,3 +110,26 @@ class SampleConfig:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}.")
         if self.solver not in SOLVERS:
             raise UserError(f"There is no solver {self.solver!r}; choose from {', '.join(SOLVERS)}.")
+
+
+@dataclass(frozen=True)
+class EstimateConfig:
+    """A training whose memory is asked for."""
+
+    model: str = _option("tiny", "nano, tiny, small or base")
+    image_size: int = _option(256, "side of the square pictures")
+    batch_size: int = _option(8, "pictures of an optimiser step")
+    codec: str = _option("sd-vae", "pixels or sd-vae")
+    num_classes: int = _option(0, "number of classes")
+    precision: Literal["bf16", "fp16", "fp32"] = _option("bf16", "arithmetic of the device")
+    gradient_checkpointing: bool = _option(False, "compute activations twice, to save memory")
+    gpu_memory: float | None = _option(None, "GiB of a card, whose largest batch is asked for")
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.codec not in ("pixels", "sd-vae"):
+            raise UserError(f"An estimate knows the codecs pixels and sd-vae, not {self.codec!r}.")
+        if self.gpu_memory is not None and self.gpu_memory <= 0:
+            raise UserError(f"gpu_memory must be above 0, not {self.gpu_memory}.")

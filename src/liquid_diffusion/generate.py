@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from accelerate import PartialState
 from diffusers.utils.logging import disable_progress_bar
 from PIL import Image
 from torch import Tensor
@@ -17,6 +16,7 @@ from liquid_diffusion.data.sources import open_source
 from liquid_diffusion.data.transforms import to_pil
 from liquid_diffusion.evaluation.nearest import nearest_pictures
 from liquid_diffusion.grid import draw_grid
+from liquid_diffusion.hardware import process_state
 from liquid_diffusion.pipeline import LiquidDiffusionPipeline, load_pipeline
 from liquid_diffusion.sampling import make_scheduler, seeded_generators
 
@@ -70,7 +70,7 @@ def generate(run: str, config: SampleConfig) -> str:
         UserError: the run, the class or the place is wrong.
     """
     disable_progress_bar()  # of the parts being loaded; the one of the sampling stays
-    pipeline = load_pipeline(run).to(PartialState().device)
+    pipeline = load_pipeline(run).to(process_state().device)
     pipeline.set_progress_bar_config(desc="Sampling", leave=False)
     pictures = draw_pictures(pipeline, config)
     out = Path(config.out)

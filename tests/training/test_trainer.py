@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,7 @@ def state(trainer: Trainer) -> dict[str, torch.Tensor]:
     for i, moments in enumerate(trainer.optimizer.state.values()):
         found |= {f"optimizer.{i}.{name}": torch.as_tensor(value).clone() for name, value in moments.items()}
     found["generator"] = trainer.generator.get_state()
-    found["lr"] = torch.tensor(trainer.scheduler.get_last_lr())
+    found["lr"] = torch.tensor(trainer.learning_rate)
     return found
 
 
@@ -254,3 +257,48 @@ def test_gradient_checkpointing_is_switched_on(quick: Make) -> None:
     assert isinstance(trainer.model, LiquidUNet)
     assert trainer.model.is_gradient_checkpointing
     assert len(list(trainer.steps())) == 1
+
+
+def test_a_lower_rate_goes_on(quick: Make) -> None:
+    """What the run is told to do when its loss is no number any more."""
+    Trainer(quick(steps=4, lr=1e-2)).save()
+    trainer = Trainer(quick(steps=4, lr=1e-4, warmup_steps=2))
+    next(iter(trainer.steps()))
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.5e-4)
+
+
+def test_two_processes(tmp_path: Path) -> None:
+    """A real launch on two processes: equal weights, other draws in each; resumed; they stop together."""
+    script = tmp_path / "two.py"
+    script.write_text(
+        """
+import sys, torch
+from liquid_diffusion import TrainConfig, Trainer
+config = dict(out=sys.argv[1], image_size=16, model="nano", batch_size=4, precision="fp32", sample_every=2)
+for steps in (2, 3):
+    trainer = Trainer(TrainConfig(steps=steps, **config))
+    assert trainer.step == (0 if steps == 2 else 2)
+    assert trainer.run()
+    for tensors in (trainer.model.parameters(), trainer.ema.shadow_params):
+        total = torch.stack([p.double().sum() for p in tensors]).sum()
+        both = trainer.accelerator.gather(total[None])
+        assert both[0] == both[1], both
+    draws = trainer.accelerator.gather(torch.rand(1, generator=trainer.generator))
+    assert draws[0] != draws[1]
+assert not trainer._anyone(False) and trainer._anyone(trainer.accelerator.process_index == 1)
+"""
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launch, str(script), str(tmp_path / "run")],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "run" / "checkpoints" / "step-000003" / "generator-1.pt").is_file()
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    with pytest.raises(UserError, match="written by 2 processes, this run has 1"):
+        Trainer(TrainConfig(out=str(tmp_path / "run"), image_size=16, model="nano", batch_size=4, precision="fp32"))

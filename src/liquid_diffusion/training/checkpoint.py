@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +32,22 @@ class CheckpointFolder:
         """All checkpoints, oldest first."""
         return sorted(self.folder.glob("step-*[0-9]"))
 
-    def save(self, step: int, write: Callable[[Path], None], facts: dict[str, Any]) -> Path:
-        """Write the checkpoint of a step: `write` puts files into a folder, `facts` is kept as JSON."""
-        target = self.folder / f"step-{step:06d}"
-        partial = target.with_name(target.name + ".partial")
-        for leftover in (target, partial):
-            shutil.rmtree(leftover, ignore_errors=True)
-        partial.mkdir(parents=True)
-        write(partial)
+    def place(self, step: int) -> Path:
+        """Where the files of a checkpoint are put while it is written."""
+        return self.folder / f"step-{step:06d}.partial"
+
+    def begin(self, step: int) -> None:
+        """Make an empty folder at `place`."""
+        shutil.rmtree(self.place(step), ignore_errors=True)
+        self.place(step).mkdir(parents=True)
+
+    def finish(self, step: int, facts: dict[str, Any]) -> Path:
+        """Put what lies at `place` in its final place, with `facts` as JSON; the oldest ones over `keep` go."""
+        partial, target = self.place(step), self.folder / f"step-{step:06d}"
         sizes = {str(f.relative_to(partial)): f.stat().st_size for f in sorted(partial.rglob("*")) if f.is_file()}
         manifest = {"step": step, "files": sizes, "facts": facts}
         (partial / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+        shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
         for old in self.all()[: -self.keep]:
             shutil.rmtree(old)

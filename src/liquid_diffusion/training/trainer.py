@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -31,16 +30,16 @@ from liquid_diffusion.data.sources import open_source
 from liquid_diffusion.data.transforms import to_float
 from liquid_diffusion.flow import flow_loss, interpolate, sample_times, velocity
 from liquid_diffusion.grid import draw_grid
+from liquid_diffusion.hardware import choose_precision, keep_freed_memory, process_state
 from liquid_diffusion.models.unet import LiquidUNet
 from liquid_diffusion.pipeline import LiquidDiffusionPipeline
 from liquid_diffusion.presets import resolve
 from liquid_diffusion.sampling import make_scheduler, seeded_generators
 from liquid_diffusion.training.checkpoint import CheckpointFolder
-from liquid_diffusion.training.hardware import choose_precision, keep_freed_memory
 from liquid_diffusion.training.tracking import MetricsLog, StopRequest
 
 # What a run that goes on may change; all else would make it another run.
-_FREE = frozenset(("out", "steps", "checkpoint_every", "sample_every", "log_every", "workers"))
+_FREE = frozenset(("out", "steps", "lr", "checkpoint_every", "sample_every", "log_every", "workers"))
 _GRID_COLUMNS = 8
 _FIT_PICTURES = 256
 _FIT_PICTURES_CPU_VAE = 16  # the SD-VAE takes 4 s a picture of 256 px on a CPU core
@@ -77,7 +76,7 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        device = PartialState().device
+        device = process_state().device
         AcceleratorState._reset_state()  # else a second run in one process must have the first one's precision
         self.accelerator = Accelerator(mixed_precision=choose_precision(config.precision, device))
         self.config = run = resolve(config, device.type)
@@ -102,21 +101,19 @@ class Trainer:
         self.model.to(memory_format=torch.channels_last)
         if run.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
-        self.ema = EMAModel(self.model.parameters(), decay=run.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
         optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=run.lr, betas=(0.9, 0.99), weight_decay=run.weight_decay, fused=True
         )
-        steps, warmup, cooldown = run.steps, run.warmup_steps, run.cooldown
-        self.scheduler = LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps, warmup, cooldown))
         self.generator = torch.Generator(device).manual_seed(run.seed + self.accelerator.process_index)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
-        self.accelerator.register_for_checkpointing(self.scheduler)
-        self.ema.to(device)
+        # after prepare, which gives every process the weights of the first
+        self.ema = EMAModel(self.model.parameters(), decay=run.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
         if isinstance(self.codec, AutoencoderCodec):
             self.codec.vae.to(device)
 
         self.step = 0
         self._make_run_folder()
+        self.accelerator.wait_for_everyone()
         if found is None:
             self.codec.fit(self._pictures_to_fit())
         else:
@@ -157,6 +154,8 @@ class Trainer:
                 )
 
     def _make_run_folder(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
         try:
             self.run_folder.mkdir(parents=True, exist_ok=True)
             probe = self.run_folder / ".writable"
@@ -164,8 +163,7 @@ class Trainer:
             probe.unlink()
         except OSError as error:
             raise UserError(f"The run folder {self.run_folder} can't be written to: {error.strerror}.") from error
-        if self.accelerator.is_main_process:
-            self.config_file.write_text(yaml.safe_dump(asdict(self.config), sort_keys=False))
+        self.config_file.write_text(yaml.safe_dump(asdict(self.config), sort_keys=False))
 
     def _note_skipped(self, messages: list[str]) -> None:
         new = [message for message in messages if message not in self._skipped]
@@ -190,17 +188,28 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint, and the averaged weights as a pipeline."""
-        facts = {"config": asdict(self.config), "codec": self.codec.state(), "label_names": self.dataset.label_names}
-        with self.ema_weights():
-            write_pipeline(self.pipeline(), self.run_folder / "pipeline")
-        return self.checkpoints.save(self.step, self._write_state, {**facts, "pictures": len(self.dataset)})
-
-    def _write_state(self, folder: Path) -> None:
-        self.accelerator.save_state(str(folder))
-        torch.save(
-            {"step": self.step, "ema": self.ema.state_dict(), "generator": self.generator.get_state()},
-            folder / "trainer.pt",
-        )
+        accelerator, folder = self.accelerator, self.checkpoints.place(self.step)
+        if accelerator.is_main_process:
+            self.checkpoints.begin(self.step)
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(folder))  # each process adds its random state
+        torch.save(self.generator.get_state(), folder / f"generator-{accelerator.process_index}.pt")
+        if accelerator.is_main_process:
+            torch.save(self.ema.state_dict(), folder / "ema.pt")
+            with self.ema_weights():
+                write_pipeline(self.pipeline(), self.run_folder / "pipeline")
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            facts = {
+                "config": asdict(self.config),
+                "codec": self.codec.state(),
+                "label_names": self.dataset.label_names,
+                "pictures": len(self.dataset),
+                "processes": accelerator.num_processes,
+            }
+            self.checkpoints.finish(self.step, facts)
+        accelerator.wait_for_everyone()
+        return self.checkpoints.folder / f"step-{self.step:06d}"
 
     def _load(self, folder: Path, step: int, facts: dict[str, Any]) -> None:
         if facts["pictures"] != len(self.dataset) or facts["label_names"] != self.dataset.label_names:
@@ -208,11 +217,16 @@ class Trainer:
                 f"{self.config.data} has changed since {folder} was written: it had {facts['pictures']} pictures, now "
                 f"{len(self.dataset)}; choose another --out to train on what is there now."
             )
+        if facts["processes"] != self.accelerator.num_processes:
+            raise UserError(
+                f"{folder} was written by {facts['processes']} processes, this run has "
+                f"{self.accelerator.num_processes}; start as many to go on with it, or choose another --out."
+            )
         self.accelerator.load_state(str(folder))
-        state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
-        self.ema.load_state_dict(state["ema"])
+        self.ema.load_state_dict(torch.load(folder / "ema.pt", map_location="cpu", weights_only=True))
         self.ema.to(self.accelerator.device)
-        self.generator.set_state(state["generator"])
+        generator = folder / f"generator-{self.accelerator.process_index}.pt"
+        self.generator.set_state(torch.load(generator, map_location="cpu", weights_only=True))
         self.codec.set_statistics(facts["codec"]["mean"], facts["codec"]["std"])
         self.step = step
 
@@ -275,6 +289,8 @@ class Trainer:
 
     def train_step(self, images: Tensor, labels: Tensor) -> Tensor:
         """One optimiser step on a batch; the loss () stays on the device."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
         parts = self.config.gradient_accumulation
         total = torch.zeros((), device=self.accelerator.device)
         batches = list(zip(images.chunk(parts), labels.chunk(parts), strict=True))
@@ -286,10 +302,15 @@ class Trainer:
             total += loss.detach()
         self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
-        self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.step(self.model.parameters())
         return total
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step."""
+        run = self.config
+        return run.lr * learning_rate_factor(self.step, run.steps, run.warmup_steps, run.cooldown)
 
     def steps(self) -> Iterator[StepResult]:
         """Train from where the run is to its last step, one at a time; nothing is written but skipped.jsonl."""
@@ -311,39 +332,52 @@ class Trainer:
             UserError: the loss is no number any more.
         """
         config, main = self.config, self.accelerator.is_main_process
-        log = MetricsLog(self.run_folder, self.step)
+        log = MetricsLog(self.run_folder, self.step) if main else None
         bar = tqdm(
             total=config.steps, initial=self.step, desc="Training", unit="step", disable=not main, smoothing=0.05
         )
         losses: list[Tensor] = []
-        saved, since = self.step, time.perf_counter()
-        with StopRequest() as stop, contextlib.closing(log), bar:
+        stopping, since = False, time.perf_counter()
+        with StopRequest() as stop, contextlib.closing(log) if log else contextlib.nullcontext(), bar:
             for result in self.steps():
                 losses.append(result.loss)
                 bar.update()
-                end = self.step == config.steps
-                if self.step % config.log_every == 0 or end:
-                    loss = torch.stack(losses).mean().item()
-                    speed = len(losses) * config.batch_size * self.accelerator.num_processes
-                    speed = speed / (time.perf_counter() - since)
-                    if not math.isfinite(loss):
-                        raise UserError(
-                            f"The loss is no number any more at step {self.step}; go on from the last checkpoint "
-                            f"with a lower --lr or --precision fp32. Nothing was written over."
-                        )
-                    log.write(self.step, loss=loss, lr=float(self.scheduler.get_last_lr()[0]), images_per_second=speed)
-                    bar.set_postfix(loss=f"{loss:.3f}", images_s=f"{speed:.0f}")
+                due = self.step % config.log_every == 0 or self.finished
+                # processes have to agree, which costs a round trip: several ask only where the loss is read anyway
+                if due or self.accelerator.num_processes == 1:
+                    stopping = self._anyone(stop.wanted)
+                if due:
+                    values = self._metrics(losses, time.perf_counter() - since)
                     losses.clear()
-                if main and (self.step % config.sample_every == 0 or end):
+                    bar.set_postfix(loss=f"{values['loss']:.3f}", images_s=f"{values['images_per_second']:.0f}")
+                    if log:
+                        log.write(self.step, **values)
+                if main and (self.step % config.sample_every == 0 or self.finished):
                     self.draw_samples()
-                if main and (self.step % config.checkpoint_every == 0 or end or stop.wanted):
+                if self.step % config.checkpoint_every == 0 or self.finished or stopping:
                     self.save()
-                    saved = self.step
-                if stop.wanted:
+                if stopping:
                     break
                 if not losses:
                     since = time.perf_counter()
-        return self.finished and saved == self.step
+        return self.finished
+
+    def _anyone(self, wanted: bool) -> bool:
+        """Whether any process wants it."""
+        if self.accelerator.num_processes == 1:
+            return wanted
+        votes = self.accelerator.reduce(torch.tensor(float(wanted), device=self.accelerator.device), "sum")
+        return bool(votes.item() > 0)
+
+    def _metrics(self, losses: list[Tensor], seconds: float) -> dict[str, float]:
+        loss = torch.stack(losses).mean().item()
+        if not math.isfinite(loss):
+            raise UserError(
+                f"The loss is no number any more at step {self.step}; nothing was written over, so go on from the last "
+                f"checkpoint with a lower --lr than {self.config.lr:g}."
+            )
+        pictures = len(losses) * self.config.batch_size * self.accelerator.num_processes
+        return {"loss": loss, "lr": self.optimizer.param_groups[0]["lr"], "images_per_second": pictures / seconds}
 
     def draw_samples(self) -> Path:
         """Write RUN/samples/step-000500.png: always the same seeds, a row for each class."""

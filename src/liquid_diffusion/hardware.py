@@ -6,12 +6,31 @@ import ctypes
 import platform
 
 import torch
+from accelerate import PartialState
 
 from liquid_diffusion.config import UserError
 
 # glibc's <malloc.h>: memory of at least this size comes from its own mapping; the heap's end is given back from this on
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_HEAP_BLOCK = 32 * 2**20
+
+
+def process_state() -> PartialState:
+    """This process's device, and its place among others if it was launched with them.
+
+    accelerate looks for other processes without an accelerator only if it is told that the CPU is meant.
+    """
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def fastest_dtype(device: torch.device) -> torch.dtype:
+    """The dtype to sample in on a device: bfloat16 on a CPU with AMX tiles and on a GPU that computes it natively,
+    float16 on an older GPU, float32 elsewhere."""
+    if device.type == "cpu":
+        return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.float32
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:

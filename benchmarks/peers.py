@@ -1,0 +1,151 @@
+"""Models that others ship, at the size of ours, all called as model(x, t, labels) with t in [0, 1]."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from diffusers import DiTTransformer2DModel, UNet2DModel
+from torch import Tensor, nn
+
+from liquid_diffusion.models.layers import ConditionEmbedding, Downsample, Upsample
+from liquid_diffusion.presets import preset
+
+# Chosen so that the parameters are those of our preset, within 5 % (checked by `peer`).
+_UNET_WIDTHS = {"nano": (64, 96, 128), "tiny": (96, 160, 288), "small": (160, 288, 512), "base": (224, 448, 736)}
+_DIT_SHAPES = {"nano": (6, 3, 72), "tiny": (7, 6, 66), "small": (12, 8, 67), "base": (15, 12, 60)}  # layers, heads
+
+
+class Peer(nn.Module):
+    """A model of diffusers with our call."""
+
+    def __init__(self, model: nn.Module, null_label: int) -> None:
+        super().__init__()
+        self.model = model
+        self.null_label = null_label
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        if labels is None:
+            labels = torch.full((len(x),), self.null_label, device=x.device)
+        return self.model(x, 1000 * t, class_labels=labels).sample
+
+
+def unet2d(name: str, channels: int, num_classes: int, size: int) -> Peer:
+    """diffusers' UNet2DModel of three stages with attention at the two coarser ones, as its training example has it."""
+    return Peer(
+        UNet2DModel(
+            sample_size=size, in_channels=channels, out_channels=channels, layers_per_block=2,
+            block_out_channels=_UNET_WIDTHS[name], num_class_embeds=num_classes + 1,
+            down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        ),
+        num_classes,
+    )  # fmt: skip
+
+
+def dit(name: str, channels: int, num_classes: int, size: int) -> Peer:
+    """diffusers' DiTTransformer2DModel with patches of 2."""
+    layers, heads, head = _DIT_SHAPES[name]
+    return Peer(
+        DiTTransformer2DModel(
+            num_attention_heads=heads, attention_head_dim=head, num_layers=layers, in_channels=channels,
+            sample_size=size, patch_size=2, num_embeds_ada_norm=num_classes + 1,
+        ),
+        num_classes,
+    )  # fmt: skip
+
+
+class EagerBlock(nn.Module):
+    """The formulas of our block as one would first write them: three depthwise convolutions, no fused operation."""
+
+    def __init__(self, channels: int, condition_channels: int, ratio: int) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(condition_channels, 9 * channels)
+        self.backbone = nn.Conv2d(channels, channels, 1)
+        self.heads = nn.Conv2d(channels, 3 * channels, 1)
+        self.time_gate = nn.Linear(condition_channels, 2 * channels)
+        self.time_relaxation = nn.Linear(condition_channels, channels)
+        self.log_rate = nn.Parameter(torch.zeros(channels))
+        self.depthwise = nn.ModuleList(nn.Conv2d(channels, channels, k, 1, k // 2, groups=channels) for k in (3, 5, 7))
+        self.pool_gate = nn.Linear(channels, channels)
+        self.project = nn.Conv2d(channels, channels, 1)
+        self.widen, self.narrow = nn.Conv2d(channels, ratio * channels, 1), nn.Conv2d(ratio * channels, channels, 1)
+
+    @staticmethod
+    def normalise(x: Tensor) -> Tensor:
+        mean = x.mean(1, keepdim=True)
+        return (x - mean) / torch.sqrt((x - mean).square().mean(1, keepdim=True) + 1e-6)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        m = self.modulation(condition)[:, :, None, None].chunk(9, 1)
+        u = self.normalise(x) * (1 + m[0]) + m[1]
+        f, g, h = self.heads(F.silu(self.backbone(u))).chunk(3, 1)
+        a, b = self.time_gate(condition)[:, :, None, None].chunk(2, 1)
+        gate = torch.sigmoid(a * f - b)
+        out = gate * g + (1 - gate) * h
+        alpha = torch.exp(-self.log_rate.exp() * self.time_relaxation(condition).abs())[:, :, None, None]
+        x = x + m[2] * (alpha * u + (1 - alpha) * out)
+        u = self.normalise(x) * (1 + m[3]) + m[4]
+        mixed = (
+            sum(layer(u) for layer in self.depthwise) * torch.sigmoid(self.pool_gate(u.mean((2, 3))))[..., None, None]
+        )
+        x = x + m[5] * self.project(mixed)
+        u = self.normalise(x) * (1 + m[6]) + m[7]
+        return x + m[8] * self.narrow(F.gelu(self.widen(u)))
+
+
+class EagerLiquidUNet(nn.Module):
+    """The plain transcription of our model, to tell what the package's own code gains over its formulas."""
+
+    def __init__(self, name: str, channels: int, num_classes: int) -> None:
+        super().__init__()
+        shape = preset(name)
+        widths, depths = shape.widths, shape.depths
+        wide = 4 * widths[0]
+        self.null_label = num_classes
+
+        def blocks(i: int, depth: int) -> nn.ModuleList:
+            return nn.ModuleList(EagerBlock(widths[i], wide, shape.ratio) for _ in range(depth))
+
+        last = len(widths) - 1
+        self.condition = ConditionEmbedding(widths[0], wide, num_classes)
+        self.stem = nn.Sequential(
+            nn.Conv2d(channels, widths[0], 3, 1, 1), nn.SiLU(), nn.Conv2d(widths[0], widths[0], 3, 1, 1)
+        )
+        self.encoder = nn.ModuleList(blocks(i, depth) for i, depth in enumerate(depths))
+        self.downsamples = nn.ModuleList(Downsample(widths[i], widths[i + 1]) for i in range(last))
+        self.bottleneck = blocks(last, 2)
+        self.decoder = nn.ModuleList(blocks(i, depths[i]) for i in range(last, -1, -1))
+        self.fuses = nn.ModuleList(nn.Conv2d(2 * widths[i], widths[i], 1) for i in range(last, -1, -1))
+        self.upsamples = nn.ModuleList(Upsample(widths[i + 1], widths[i]) for i in range(last - 1, -1, -1))
+        self.norm = nn.GroupNorm(8, widths[0])
+        self.head = nn.Conv2d(widths[0], channels, 3, 1, 1)
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        if labels is None:
+            labels = torch.full((len(x),), self.null_label, device=x.device)
+        condition = self.condition(t, labels)
+        x, skips = self.stem(x), []
+        for i, stage in enumerate(self.encoder):
+            for block in stage.children():
+                x = block(x, condition)
+            skips.append(x)
+            x = self.downsamples[i](x) if i < len(self.downsamples) else x
+        for block in self.bottleneck:
+            x = block(x, condition)
+        for i, stage in enumerate(self.decoder):
+            x = self.upsamples[i - 1](x) if i else x
+            x = self.fuses[i](torch.cat([x, skips.pop()], 1))
+            for block in stage.children():
+                x = block(x, condition)
+        return self.head(F.silu(self.norm(x)))
+
+
+def check_size(peer: nn.Module, parameters: int) -> None:
+    """A comparison is fair only at equal parameters.
+
+    Raises:
+        ValueError: they differ by more than 5 %.
+    """
+    count = sum(parameter.numel() for parameter in peer.parameters())
+    if abs(count / parameters - 1) > 0.05:
+        raise ValueError(f"{type(peer).__name__} has {count / 1e6:.2f} M parameters, not {parameters / 1e6:.2f} M")

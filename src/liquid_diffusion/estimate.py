@@ -1,0 +1,148 @@
+"""What a training will need of memory, told before anything is started and without a GPU.
+
+One training step is run on fake tensors, which have shapes and no data, under PyTorch's memory tracker: the numbers
+come from the code that trains, not from a formula about it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from liquid_diffusion.config import EstimateConfig, UserError
+from liquid_diffusion.flow import flow_loss
+from liquid_diffusion.models.unet import LiquidUNet
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# Of a card's memory, what the CUDA context, the libraries' workspaces and the allocator's gaps leave for tensors.
+_USABLE = 0.9
+_SD_VAE: dict[str, Any] = {
+    "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "latent_channels": 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Memory of one training step.
+
+    Attributes:
+        parameters: of the model.
+        peak_bytes: the most that is held at once.
+        breakdown: bytes by what they are for at that moment; they sum up to `peak_bytes`.
+    """
+
+    parameters: int
+    peak_bytes: int
+    breakdown: dict[str, int]
+
+
+def _peak(tracker: MemTracker) -> dict[str, int]:
+    """Bytes by kind at the moment of the peak, over all devices."""
+    total: dict[str, int] = {}
+    for kinds in tracker.get_tracker_snapshot("peak").values():
+        for kind, size in kinds.items():
+            name = getattr(kind, "value", str(kind))
+            total[name] = total.get(name, 0) + int(size)
+    return total
+
+
+def _train_on_fakes(config: EstimateConfig, channels: int, side: int) -> tuple[int, dict[str, int]]:
+    """Parameters of the model, and what forward and backward hold at their peak."""
+    dtype = _DTYPES[config.precision]
+    model = LiquidUNet.from_preset(config.model, channels, config.num_classes)
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    x = torch.randn(config.batch_size, channels, side, side)
+    t = torch.rand(config.batch_size)
+    tracker = MemTracker()
+    tracker.track_external(model)
+    with tracker:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            prediction = model(x, t).sample
+        flow_loss(prediction, x).backward()
+    return sum(parameter.numel() for parameter in model.parameters()), _peak(tracker)
+
+
+def _encode_on_fakes(config: EstimateConfig) -> tuple[int, int]:
+    """Bytes of the SD-VAE, and of its activations while it encodes a batch in float32."""
+    vae = AutoencoderKL(**_SD_VAE)
+    weights = sum(parameter.numel() * 4 for parameter in vae.parameters())
+    tracker = MemTracker()
+    with tracker, torch.no_grad():
+        vae.encode(torch.randn(config.batch_size, 3, config.image_size, config.image_size))
+    return weights, sum(size for kind, size in _peak(tracker).items() if kind in ("Activation", "Temp"))
+
+
+def estimate(config: EstimateConfig) -> Estimate:
+    """The memory of training as `config` says, on a device that computes in its precision.
+
+    Raises:
+        UserError: the size is not divisible by what codec and model need, or there is no such model.
+    """
+    factor, channels = (2, 12) if config.codec == "pixels" else (8, 4)
+    multiple = 4 * factor
+    if config.image_size % multiple:
+        raise UserError(f"image_size {config.image_size} can't be divided by {multiple}.")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        parameters, peak = _train_on_fakes(config, channels, config.image_size // factor)
+        vae, encoding = (0, 0) if config.codec == "pixels" else _encode_on_fakes(config)
+    state = {
+        "weights": 4 * parameters,
+        "optimiser": 8 * parameters,  # two moments; the fused AdamW needs nothing beside them
+        "averaged weights": 4 * parameters,
+        "vae": vae,
+    }
+    step = {
+        "gradients": peak.get("Gradient", 0),
+        "activations": peak.get("Activation", 0),
+        "temporary": peak.get("Temp", 0) + peak.get("Other", 0) + peak.get("Buffer", 0),
+    }
+    if encoding > sum(step.values()):
+        step = {"encoding a batch": encoding}
+    breakdown = {**state, **step}
+    return Estimate(parameters, sum(breakdown.values()), breakdown)
+
+
+def largest_batch(config: EstimateConfig, gigabytes: float) -> int:
+    """The largest batch whose training fits a card of some GiB; 0 where not even one picture does."""
+    room = _USABLE * gigabytes * 2**30
+
+    def peak(batch: int) -> int:
+        return estimate(EstimateConfig(**{**asdict(config), "batch_size": batch})).peak_bytes
+
+    few, many = peak(8), peak(16)  # from here on a picture more is always the same more
+    batch = max(0, 8 + int((room - few) * 8 / (many - few)))
+    while batch > 0 and peak(batch) > room:
+        batch -= 1
+    while peak(batch + 1) <= room:
+        batch += 1
+    return batch
+
+
+def report(config: EstimateConfig, as_json: bool = False) -> str:
+    """The estimate in words, or as JSON with peak_bytes, parameters and breakdown."""
+    found = estimate(config)
+    batch = None if config.gpu_memory is None else largest_batch(config, config.gpu_memory)
+    if as_json:
+        answer = asdict(found) if batch is None else {**asdict(found), "largest_batch": batch}
+        return json.dumps(answer, indent=2)
+    lines = [
+        f"{config.model}, {found.parameters / 1e6:.1f} M parameters, {config.image_size} px ({config.codec}), "
+        f"batch {config.batch_size}, {config.precision}: {found.peak_bytes / 2**30:.2f} GiB",
+        *(f"  {name:18}{size / 2**30:6.2f}" for name, size in found.breakdown.items()),
+    ]
+    if batch is not None:
+        card = f"a card of {config.gpu_memory:g} GiB"
+        lines.append(f"The largest batch for {card}: {batch}." if batch else f"Not one picture fits {card}.")
+    return "\n".join(lines)

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from liquid_diffusion.cli import main
+from liquid_diffusion.config import EstimateConfig, UserError
+from liquid_diffusion.estimate import estimate, largest_batch
+from liquid_diffusion.models.unet import LiquidUNet
+
+NANO = EstimateConfig(model="nano", image_size=64, batch_size=4, codec="pixels", num_classes=9)
+
+
+def measured_peak(config: EstimateConfig) -> int:
+    """Bytes that forward and backward hold at their peak, from the allocator's own events of a real step."""
+    model = LiquidUNet.from_preset(config.model, 12, config.num_classes)
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    side = config.image_size // 2
+    x, t = torch.randn(config.batch_size, 12, side, side), torch.rand(config.batch_size)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.precision != "fp32"):
+            prediction = model(x, t).sample
+        (prediction.float() - x).square().mean().backward()
+    held = peak = 0
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+@pytest.mark.parametrize("changes", [{}, {"precision": "fp32"}, {"gradient_checkpointing": True}, {"batch_size": 12}])
+def test_activations_are_those_of_a_real_step(changes: dict[str, object]) -> None:
+    config = replace(NANO, **changes)  # type: ignore[arg-type]
+    found = estimate(config)
+    step = sum(found.breakdown[kind] for kind in ("gradients", "activations", "temporary"))
+    assert step == pytest.approx(measured_peak(config), rel=0.1)
+
+
+def test_state_is_counted_by_hand() -> None:
+    found = estimate(NANO)
+    parameters = sum(p.numel() for p in LiquidUNet.from_preset("nano", 12, 9).parameters())
+    assert found.parameters == parameters
+    assert found.breakdown["weights"] == 4 * parameters
+    assert found.breakdown["optimiser"] == 8 * parameters
+    assert found.breakdown["averaged weights"] == 4 * parameters
+    assert sum(found.breakdown.values()) == found.peak_bytes
+
+
+def test_checkpointing_and_half_precision_save() -> None:
+    plain = estimate(NANO).breakdown["activations"]
+    assert estimate(replace(NANO, gradient_checkpointing=True)).breakdown["activations"] < 0.5 * plain
+    assert estimate(replace(NANO, precision="fp32")).breakdown["activations"] > 1.3 * plain
+
+
+def test_largest_batch_is_the_largest() -> None:
+    """It fits, and one more does not."""
+    gigabytes = 2.0
+    batch = largest_batch(NANO, gigabytes)
+    assert estimate(replace(NANO, batch_size=batch)).peak_bytes <= 0.9 * gigabytes * 2**30
+    assert estimate(replace(NANO, batch_size=batch + 1)).peak_bytes > 0.9 * gigabytes * 2**30
+    assert largest_batch(NANO, 0.01) == 0
+
+
+def test_vae_is_counted() -> None:
+    found = estimate(replace(NANO, codec="sd-vae", batch_size=1))
+    assert found.breakdown["vae"] == 4 * 83_653_863
+
+
+def test_json(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["estimate", "--model", "nano", "--image-size", "32", "--codec", "pixels"]
+    assert main([*arguments, "--json", "--gpu-memory", "1"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert set(answer) == {"peak_bytes", "parameters", "breakdown", "largest_batch"}
+    assert main(arguments) == 0
+    assert "GiB" in capsys.readouterr().out
+    assert main(["estimate", "--image-size", "100"]) == 2
+    assert "image_size 100 can't be divided by 32" in capsys.readouterr().err
+    with pytest.raises(UserError, match="gpu_memory must be above 0"):
+        EstimateConfig(gpu_memory=0)
