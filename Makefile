@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/quickstart
 
-.PHONY: quickstart test lint bench-depthwise install clean
+.PHONY: quickstart test lint bench bench-depthwise install clean
 
 quickstart: install  ## train on the emoji, draw pictures, and show the nearest training picture of each
 	$(BIN)/liquid-diffusion train --out $(RUN)
@@ -16,6 +16,10 @@ lint: install  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: install  ## training step and sampling beside peers of equal parameters; writes benchmarks/results
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
+	$(BIN)/python benchmarks/speed.py
 
 bench-depthwise: install  ## our depthwise convolution beside the library's
 	$(BIN)/python benchmarks/depthwise.py

@@ -17,7 +17,7 @@ Shapes: B batch, C channels, H W height and width, T width of the condition embe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -30,23 +30,39 @@ from liquid_diffusion.models.liquid import LiquidBlock
 from liquid_diffusion.models.unet import LiquidUNet
 from liquid_diffusion.sampling import Velocity
 
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "swish": F.silu}
+
 
 class _Convolution:
-    """A convolution with its weights in the sampling dtype and in channels_last."""
+    """A convolution with its weights in the sampling dtype, and the activation behind it.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, layer: nn.Conv2d | None = None) -> None:
+    On a CPU in bfloat16 oneDNN computes both in one pass, which takes half the time of two for a feed-forward's GELU
+    (0.52 against 0.98 ms at (8, 256, 32, 32) on two cores). It is the operator that torch.compile puts there.
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, groups: int = 1, activation: str | None = None
+    ) -> None:
         self.weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
         self.bias = None if bias is None else bias.to(dtype)
-        self.stride = layer.stride if layer is not None else 1
-        self.padding = layer.padding if layer is not None else weight.shape[-1] // 2
-        self.groups = layer.groups if layer is not None else 1
+        self.stride, self.padding, self.groups = [1, 1], [weight.shape[-1] // 2] * 2, groups
+        self.activation = activation
+        self.fused = activation is not None and weight.device.type == "cpu" and dtype == torch.bfloat16
 
     @classmethod
-    def of(cls, layer: nn.Conv2d, dtype: torch.dtype) -> _Convolution:
-        return cls(layer.weight, layer.bias, dtype, layer)
+    def of(cls, layer: nn.Conv2d, dtype: torch.dtype, activation: str | None = None) -> _Convolution:
+        """The convolution of a layer with "same" padding, or of a downsampling one."""
+        convolution = cls(layer.weight, layer.bias, dtype, activation=activation)
+        convolution.stride = list(layer.stride)
+        return convolution
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, 1, self.groups)
+        if self.fused:
+            return torch.ops.mkldnn._convolution_pointwise(
+                x, self.weight, self.bias, self.padding, self.stride, [1, 1], self.groups, self.activation, [], "none"
+            )
+        y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, 1, self.groups)
+        return y if self.activation is None else _ACTIVATIONS[self.activation](y)
 
 
 class _FoldedBlock:
@@ -68,21 +84,22 @@ class _FoldedBlock:
         else:
             weight, bias = torch.stack(weight.chunk(2)).mean(0), torch.stack(bias.chunk(2)).mean(0)
         self.table = torch.stack(rows).to(dtype)[..., None, None]  # (10 or 12, R, C, 1, 1)
-        self.backbone = _Convolution.of(cfc.backbone, dtype)
+        self.backbone = _Convolution.of(cfc.backbone, dtype, "swish")
         self.heads = _Convolution(weight, bias, dtype)
         kernel = merge_kernels(mix.kernel_3, mix.kernel_5, mix.kernel_7)
-        self.depthwise = _Convolution(kernel, mix.bias, dtype)
-        self.depthwise.groups = kernel.shape[0]
+        self.depthwise = _Convolution(kernel, mix.bias, dtype, groups=kernel.shape[0])
         self.pool_weight, self.pool_bias = mix.pool_gate.weight.to(dtype), mix.pool_gate.bias.to(dtype)
         self.project = _Convolution.of(mix.project, dtype)
         widen, _, narrow = block.feed_forward
-        self.widen, self.narrow = (_Convolution.of(layer, dtype) for layer in (widen, narrow))  # type: ignore[arg-type]
+        assert isinstance(widen, nn.Conv2d)
+        assert isinstance(narrow, nn.Conv2d)
+        self.widen, self.narrow = _Convolution.of(widen, dtype, "gelu"), _Convolution.of(narrow, dtype)
 
     def __call__(self, x: Tensor, row: Tensor) -> Tensor:
         """x (B, C, H, W), which is overwritten, and the row (B,) of each picture."""
         v = self.table[:, row]  # (10 or 12, B, C, 1, 1)
         u = torch.addcmul(v[1], channel_norm(x), v[0])
-        heads = self.heads(F.silu(self.backbone(u), inplace=True))
+        heads = self.heads(self.backbone(u))
         if self.gated:
             f, difference, h = heads.chunk(3, dim=1)
             out = torch.addcmul(h, torch.addcmul(v[11], f, v[10]).sigmoid_(), difference)
@@ -95,7 +112,7 @@ class _FoldedBlock:
         x.addcmul_(self.project(self.depthwise(u).mul_(pooled[:, :, None, None])), v[6])
 
         u = torch.addcmul(v[8], channel_norm(x), v[7])
-        return x.addcmul_(self.narrow(F.gelu(self.widen(u))), v[9])
+        return x.addcmul_(self.narrow(self.widen(u)), v[9])
 
 
 class CompiledVelocity:
