@@ -6,7 +6,6 @@ RUN := runs/quickstart
 
 quickstart: install  ## train on the emoji, draw pictures, and show the nearest training picture of each
 	$(BIN)/liquid-diffusion train --out $(RUN)
-	$(BIN)/liquid-diffusion sample $(RUN) --n 72 --out $(RUN)/grid.png
 	$(BIN)/liquid-diffusion sample $(RUN) --n 16 --nearest true --out $(RUN)/nearest.png
 
 test: install  ## the whole suite

@@ -173,7 +173,9 @@ def draw() -> None:
     from matplotlib import pyplot as plt
 
     with (RESULTS / "speed.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["task"] == "evaluation" and row["batch"] == "1"]
+        rows = [row for row in csv.DictReader(file) if row["task"] == "evaluation"]
+    batch = max((row["batch"] for row in rows), key=int)
+    rows = [row for row in rows if row["batch"] == batch]
     latest = {(row["model"], int(row["latent"])): float(row["median_ms"]) for row in rows}
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for name in dict.fromkeys(row["model"] for row in rows):
@@ -185,7 +187,7 @@ def draw() -> None:
             label += f", exponent {np.polyfit(np.log(pixels), np.log(times), 1)[0]:.2f}"
         axes.loglog(pixels, times, "o-", label=label)
     axes.set_xlabel("latent pixels")
-    axes.set_ylabel("ms per evaluation, batch 1")
+    axes.set_ylabel(f"ms per evaluation, batch {batch}")
     axes.grid(which="both", alpha=0.2)
     axes.legend(fontsize=8)
     figure.tight_layout()

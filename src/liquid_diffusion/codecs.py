@@ -65,14 +65,18 @@ class _Normalised:
         self.set_statistics(mean.tolist(), std.tolist())
 
     def _normalise(self, z: Tensor) -> Tensor:
-        return (z - self._as(z, self.mean)) / self._as(z, self.std)
+        mean, std = self._statistics(z)
+        return (z - mean) / std
 
     def _denormalise(self, z: Tensor) -> Tensor:
-        return z * self._as(z, self.std) + self._as(z, self.mean)
+        mean, std = self._statistics(z)
+        return z * std + mean
 
-    @staticmethod
-    def _as(z: Tensor, statistics: Tensor) -> Tensor:
-        return statistics.to(z)[None, :, None, None]
+    def _statistics(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        if self.mean.device != z.device:  # once, so that a training step does not wait for a copy to the GPU
+            self.mean, self.std = self.mean.to(z.device), self.std.to(z.device)
+        mean, std = (values.to(z.dtype)[None, :, None, None] for values in (self.mean, self.std))
+        return mean, std
 
 
 class PixelCodec(_Normalised):

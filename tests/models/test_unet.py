@@ -5,11 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.fx import Interpreter  # noqa: F401  (importing fx first keeps make_fx quiet)
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from liquid_diffusion.config import UserError
-from liquid_diffusion.models.liquid import LiquidBlock
+from liquid_diffusion.models.liquid import LiquidBlock, ParallelCfC
 from liquid_diffusion.models.unet import LiquidUNet
 
 
@@ -45,6 +44,18 @@ def test_every_parameter_gets_a_gradient() -> None:
     out.square().mean().backward()
     silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not silent
+
+
+def test_gate_and_alpha_depend_on_the_time() -> None:
+    """In every liquid layer of a new model, from the time itself on."""
+    model = LiquidUNet.from_preset("nano", num_classes=3)
+    layers = [module for module in model.modules() if isinstance(module, ParallelCfC)]
+    assert len(layers) == 8
+    early, late = model.condition(torch.tensor([0.1, 0.9]), torch.tensor([1, 1])).split(1)
+    for layer in layers:
+        for first, second in zip(layer.slope_and_offset(early), layer.slope_and_offset(late), strict=True):
+            assert (first - second).abs().max() > 1e-3
+        assert (layer.alpha(early) - layer.alpha(late)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(("what", "expected"), [("gate", "static"), ("gate", "none"), ("relaxation", "none")])
