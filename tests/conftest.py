@@ -1,5 +1,14 @@
 from __future__ import annotations
 
+import os
+import tempfile
+
+# Before anything is imported that reads them: the suite means the CPU, whatever the machine has, and a Hub that nobody
+# answers for, so that a test of "no network" tests that everywhere and nothing is ever downloaded.
+os.environ["ACCELERATE_USE_CPU"] = "true"
+os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
+os.environ["HF_HOME"] = tempfile.mkdtemp()
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

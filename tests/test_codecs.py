@@ -81,8 +81,8 @@ def test_decoding_goes_on_in_tiles_when_the_memory_is_full(monkeypatch: pytest.M
     monkeypatch.setattr(codec.vae, "decode", full)
     latents = torch.randn(2, 4, 8, 8)
     images = codec.decode(latents)
-    assert codec.vae.use_slicing
     assert codec.vae.use_tiling
+    assert not codec.vae.use_slicing  # only while decoding
     torch.testing.assert_close(images, decode(latents).sample.clamp(-1, 1), atol=1e-4, rtol=1e-4)
 
 
@@ -107,5 +107,16 @@ def test_codecs_that_can_not_be_had(tmp_path: Path) -> None:
         load_vae(str(tmp_path / "nowhere"))
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    (tmp_path / "nameless").mkdir()
+    (tmp_path / "nameless" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="is a None; only AutoencoderKL"):
+        load_vae(str(tmp_path / "nameless"))
+    with pytest.raises(UserError, match="neither a folder here nor"):
+        load_vae("my vae/x")
+    tiny_vae().save_pretrained(tmp_path / "cut")
+    weights = tmp_path / "cut" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    with pytest.raises(UserError, match=r"codec in .*cut is damaged"):
+        load_vae(str(tmp_path / "cut"))
     with pytest.raises(UserError, match="is a UNet2DModel; only AutoencoderKL and AutoencoderTiny"):
         load_vae(str(tmp_path / "unet"))

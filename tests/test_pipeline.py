@@ -64,6 +64,13 @@ def test_class_names() -> None:
         labels = pipeline.labels(given, 3)
         assert labels is not None
         assert labels.tolist() == numbers
+    pipeline.register_to_config(label_names=["10", "2"])
+    numeric: dict[str | int | None, list[int]] = {"10": [0] * 3, "2": [1] * 3, 1: [1] * 3, "0": [0] * 3}
+    for given, numbers in numeric.items():
+        labels = pipeline.labels(given, 3)
+        assert labels is not None
+        assert labels.tolist() == numbers
+    pipeline.register_to_config(label_names=NAMES)
     for wrong in ("horse", 2, -1):
         with pytest.raises(UserError, match=r"no class .*; the model knows Cat, dog"):
             pipeline.labels(wrong, 3)

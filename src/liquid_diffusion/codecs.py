@@ -7,11 +7,14 @@ zero mean and unit variance in each channel on the other.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
 from torch import Tensor
 
 from liquid_diffusion.config import UserError
@@ -54,7 +57,7 @@ class _Normalised:
         """Over all pixels of all raw latents (B, C, h, w); one pass, in float64."""
         count, total, squares = 0, torch.zeros(()), torch.zeros(())
         for latents in raw:
-            z = latents.double().cpu()
+            z = latents.cpu().double()  # MPS has no float64
             count += z.numel() // z.shape[1]
             total = total + z.sum((0, 2, 3))
             squares = squares + z.square().sum((0, 2, 3))
@@ -139,16 +142,26 @@ class AutoencoderCodec(_Normalised):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         z = self._denormalise(latents.float()).to(self.vae.device, self.vae.dtype)
-        with torch.autocast(z.device.type, enabled=False):
-            try:
-                images = self.vae.decode(z).sample
-            except torch.OutOfMemoryError:
-                # slower, and as small as it gets: one picture at a time, each in tiles
-                torch.cuda.empty_cache()
-                self.vae.enable_slicing()
-                self.vae.enable_tiling()
-                images = self.vae.decode(z).sample
+        self.vae.enable_slicing()  # a grid of 72 pictures at once would take 13 GB at 256 px
+        try:
+            with torch.autocast(z.device.type, enabled=False):
+                images = self._decode(z)
+                if images is None:  # not even one picture fits: slower, in tiles
+                    torch.cuda.empty_cache()
+                    self.vae.enable_tiling()
+                    images = self.vae.decode(z).sample
+        finally:
+            self.vae.disable_slicing()  # encoding takes whole batches
         return images.float().clamp(-1, 1)
+
+    def _decode(self, z: Tensor) -> Tensor | None:
+        """None when the memory is full; the failed try's own memory is free again when this has returned."""
+        try:
+            return self.vae.decode(z).sample
+        except RuntimeError as error:  # torch.OutOfMemoryError is one; MPS raises the plain one
+            if "out of memory" not in str(error):
+                raise
+            return None
 
     def state(self) -> dict[str, Any]:
         return {"name": self.name, "mean": self.mean.tolist(), "std": self.std.tolist()}
@@ -164,11 +177,13 @@ def load_vae(name: str) -> AutoencoderKL | AutoencoderTiny:
     classes: dict[str, type[AutoencoderKL] | type[AutoencoderTiny]]
     classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
     try:
-        kind = AutoencoderKL.load_config(source)["_class_name"]
+        kind = AutoencoderKL.load_config(source).get("_class_name")
         if kind not in classes:
             raise UserError(f"The codec {name!r} is a {kind}; only AutoencoderKL and AutoencoderTiny are known.")
         return classes[kind].from_pretrained(source, torch_dtype=torch.float32)
-    except OSError as error:
+    except (OSError, SafetensorError, HFValidationError) as error:
+        if Path(source).is_dir():
+            raise UserError(f"The codec in {name} is damaged: {error}") from error
         raise UserError(
             f"The codec {name!r} is neither a folder here nor reachable on the Hub; "
             "check the name and the network, or train without a download by --codec pixels."

@@ -118,7 +118,7 @@ class _FoldedBlock:
 class CompiledVelocity:
     """v(x, t) of a model for the times of one schedule; made by `compile_for_sampling`.
 
-    It keeps copies of the weights it needs; the model is not touched and may be dropped.
+    The model is not touched. It has to stay as it is meanwhile: in float32 the weights are shared with it.
     """
 
     def __init__(

@@ -68,6 +68,8 @@ class TrainConfig:
                 raise UserError(f"{name} must lie between 0 and 1, not {getattr(self, name)}.")
         if (self.lr is not None and self.lr <= 0) or self.max_grad_norm <= 0:
             raise UserError("lr and max_grad_norm must be above 0.")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed must lie between 0 and 2^32 - 1, not {self.seed}.")
         if self.workers < 0 or self.warmup_steps < 0:
             raise UserError("workers and warmup_steps can't be below 0.")
         if self.batch_size is not None and self.batch_size % self.gradient_accumulation:

@@ -69,22 +69,27 @@ def generate(run: str, config: SampleConfig) -> str:
     Raises:
         UserError: the run, the class or the place is wrong.
     """
+    out = Path(config.out)
+    grid = out.suffix.lower() == ".png"
+    if config.nearest and not grid:
+        raise UserError(f"The nearest pictures come as one grid: give --out a name that ends in .png, not {out}.")
+    try:
+        (out.parent if grid else out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out} can't be written to: {error.strerror}.") from error
     disable_progress_bar()  # of the parts being loaded; the one of the sampling stays
     pipeline = load_pipeline(run).to(process_state().device)
     pipeline.set_progress_bar_config(desc="Sampling", leave=False)
     pictures = draw_pictures(pipeline, config)
-    out = Path(config.out)
     words = ""
+    if config.nearest:
+        sheet, words = _beside_nearest(pictures, run, pictures.shape[-1])
+    elif grid:
+        sheet = draw_grid(to_pil(pictures), columns=max(1, round(config.n**0.5)))
     try:
-        if out.suffix.lower() == ".png":
-            out.parent.mkdir(parents=True, exist_ok=True)
-            if config.nearest:
-                sheet, words = _beside_nearest(pictures, run, pictures.shape[-1])
-            else:
-                sheet = draw_grid(to_pil(pictures), columns=max(1, round(config.n**0.5)))
+        if grid:
             sheet.save(out)
         else:
-            out.mkdir(parents=True, exist_ok=True)
             for i, picture in enumerate(to_pil(pictures)):
                 picture.save(out / f"{config.seed + i:06d}.png")
     except OSError as error:

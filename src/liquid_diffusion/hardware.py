@@ -7,6 +7,7 @@ import platform
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 from liquid_diffusion.config import UserError
 
@@ -20,7 +21,8 @@ def process_state() -> PartialState:
 
     accelerate looks for other processes without an accelerator only if it is told that the CPU is meant.
     """
-    return PartialState(cpu=not torch.accelerator.is_available())
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=cpu)
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:

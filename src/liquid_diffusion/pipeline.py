@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub.errors import HFValidationError
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
@@ -69,6 +70,8 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
     def labels(self, class_labels: Sequence[str | int] | str | int | None, batch_size: int) -> Tensor | None:
         """Class names or numbers as (batch_size,) int64; one stands for all, None takes all classes in turn.
 
+        A string that is the name of a class is that class, also where the names are numbers.
+
         Raises:
             UserError: an unknown class, any class where the model has none, or a wrong number of them.
         """
@@ -87,7 +90,7 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
         numbers = []
         for label in class_labels:
             text = str(label).strip().lower()
-            if text in lowered:
+            if isinstance(label, str) and text in lowered:
                 numbers.append(lowered.index(text))
             elif text.isdecimal() and int(text) < len(names):
                 numbers.append(int(text))
@@ -178,7 +181,7 @@ def load_pipeline(run: str) -> LiquidDiffusionPipeline:
         source = run
     try:
         return LiquidDiffusionPipeline.from_pretrained(source)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, HFValidationError) as error:
         if folder.is_dir():
             raise UserError(f"The model in {run} is damaged: {error}") from error
         raise UserError(

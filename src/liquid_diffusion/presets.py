@@ -55,7 +55,7 @@ def resolve(config: TrainConfig, device: str) -> RunConfig:
     codec = config.codec or ("pixels" if image_size <= 64 else "sd-vae")
     model = config.model or ("nano" if cpu else "tiny")
     decided: dict[str, Any] = {
-        "out": config.out or f"runs/{Path(config.data).name}-{image_size}",
+        "out": config.out or f"runs/{Path(config.data).expanduser().resolve().name}-{image_size}",
         "image_size": image_size,
         "codec": codec,
         "model": model,

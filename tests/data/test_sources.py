@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -89,6 +90,24 @@ def test_a_bad_picture_is_named(photos: Path, damage: str) -> None:
         open_source(str(photos)).read(0)
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "PNG", "GIF", "TIFF", "AVIF", "BMP"])
+def test_no_damage_is_more_than_a_bad_picture(tmp_path: Path, kind: str) -> None:
+    """Bytes changed at random, the EXIF's too: the picture is read, or it is bad; nothing else is ever raised."""
+    draws = np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[274] = 6
+    path = tmp_path / f"x.{kind.lower()}"
+    Image.fromarray(draws.integers(0, 255, (24, 24, 3), dtype=np.uint8)).save(path, kind, exif=exif)
+    good = path.read_bytes()
+    for _ in range(60):
+        data = bytearray(good)
+        for place in draws.integers(0, min(len(data), 400), 6):
+            data[place] = draws.integers(0, 256)
+        path.write_bytes(bytes(data))
+        with contextlib.suppress(BadPictureError):
+            assert FolderSource(tmp_path).read(0)[0].mode == "RGB"
+
+
 def test_a_bomb_is_named(photos: Path) -> None:
     Image.new("1", (20000, 20000)).save(photos / "cat" / "01.png")
     with pytest.raises(BadPictureError, match=r"cat.01\.png: .*decompression bomb"):
@@ -101,6 +120,8 @@ def test_a_bomb_is_named(photos: Path) -> None:
         ("./nowhere", "no folder './nowhere'"),
         ("/nowhere/at/all", "no folder '/nowhere/at/all'"),
         ("emojis", "no data set and no folder 'emojis'"),
+        ("photos/", "no data set and no folder 'photos/'"),
+        ("my photos/cats", "no data set and no folder 'my photos/cats'"),
     ],
 )
 def test_unknown_sources(data: str, words: str) -> None:

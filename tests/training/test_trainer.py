@@ -156,26 +156,29 @@ def test_grids_do_not_change_the_training(quick: Make, tmp_path: Path) -> None:
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
 
 
-def test_accumulation_is_the_same_batch_in_parts(quick: Make, tmp_path: Path) -> None:
-    gradients = []
+def test_accumulation_is_the_same_batch_in_parts(quick: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient and the loss of one whole batch and of four parts, with the draws taken out of the loss."""
+    gradients, losses = [], []
     for parts in (1, 4):
         trainer = Trainer(quick(gradient_accumulation=parts, out=str(tmp_path / str(parts))))
-        images, labels, _ = next(iter(trainer._loader()))
         with torch.no_grad():
             for parameter in trainer.model.parameters():
                 parameter.add_(0.02)
-        # the draws of each part follow one another, so the batch is made of equal ones to be comparable
-        images, labels = images[:1].expand(8, -1, -1, -1), labels[:1].expand(8)
-        monkey = torch.Generator().get_state()
-        losses = []
-        for some_images, some_labels in zip(images.chunk(parts), labels.chunk(parts), strict=True):
-            trainer.generator.set_state(monkey)
-            draw = trainer.loss(some_images[:1], some_labels[:1])
-            losses.append(draw * len(some_images) / len(images))
-        sum(losses).backward()  # type: ignore[union-attr]
-        gradients.append([p.grad for p in trainer.model.parameters()])
-    for first, second in zip(*gradients, strict=True):
-        torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-3)
+
+        def plain(images: torch.Tensor, labels: torch.Tensor, trainer: Trainer = trainer) -> torch.Tensor:
+            x = trainer.codec.encode(images.float() / 127.5 - 1)
+            t = torch.full((len(x),), 0.5)
+            return trainer.wrapped(x, t, labels).sample.square().mean((1, 2, 3)).add(labels).mean()
+
+        images, labels, _ = next(iter(trainer._loader()))
+        monkeypatch.setattr(trainer, "loss", plain)
+        monkeypatch.setattr(trainer.optimizer, "step", lambda: None)
+        monkeypatch.setattr(trainer.optimizer, "zero_grad", lambda set_to_none: None)
+        losses.append(trainer.train_step(images, labels))
+        gradients.append([parameter.grad for parameter in trainer.model.parameters()])
+    torch.testing.assert_close(*losses)
+    for whole, in_parts in zip(*gradients, strict=True):
+        torch.testing.assert_close(whole, in_parts, atol=1e-5, rtol=1e-3)
 
 
 def test_bad_pictures_are_named_counted_and_skipped(
@@ -194,10 +197,15 @@ def test_bad_pictures_are_named_counted_and_skipped(
         said = capsys.readouterr()
         assert "Skipped 2 pictures" in said.out + said.err
         assert "more than 5 %" in said.out + said.err
+        again = Trainer(quick(data=str(photos), steps=6, out=str(photos.parent / out)))
+        list(again.steps())
+        assert (photos.parent / out / "skipped.jsonl").read_text().splitlines() == lines  # each is named once
 
 
-def test_a_loss_that_is_no_number_ends_the_run(quick: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = Trainer(quick(steps=4, log_every=1, checkpoint_every=1))
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_a_loss_that_is_no_number_ends_the_run(quick: Make, monkeypatch: pytest.MonkeyPatch, log_every: int) -> None:
+    """Before it is saved, also where nothing is logged then."""
+    trainer = Trainer(quick(steps=4, log_every=log_every, checkpoint_every=1))
     monkeypatch.setattr(trainer, "train_step", lambda *_: torch.tensor(float("nan")))
     with pytest.raises(UserError, match="no number any more at step 1"):
         trainer.run()
@@ -237,6 +245,38 @@ def test_more_steps_go_on(quick: Make) -> None:
     longer = Trainer(quick(steps=3))
     assert (longer.step, longer.finished) == (2, False)
     assert [result.step for result in longer.steps()] == [3]
+
+
+def test_somebody_elses_folder_is_left_alone(quick: Make, photos: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "pipeline").mkdir(parents=True)
+    for name, text in (("config.yaml", "mine: 1"), ("metrics.jsonl", "{}"), ("pipeline/mine.py", "pass")):
+        (run / name).write_text(text)
+    with pytest.raises(UserError, match="holds something else than a run"):
+        Trainer(quick())
+    assert (run / "config.yaml").read_text() == "mine: 1"
+    assert (run / "pipeline" / "mine.py").is_file()
+    with pytest.raises(UserError, match="would lie among the pictures"):
+        Trainer(quick(data=str(photos), out=str(photos / "runs" / "x")))
+    assert not (photos / "runs").exists()
+
+
+def test_a_run_that_never_reached_a_checkpoint_starts_again(quick: Make) -> None:
+    list(itertools.islice(Trainer(quick()).steps(), 1))
+    assert Trainer(quick()).step == 0
+
+
+def test_another_machine_is_said_in_words(quick: Make) -> None:
+    """Checkpoints hold the state of a device's generators and of a precision's loss scaling."""
+    Trainer(quick(precision="auto")).save()
+    manifest = Path(quick().out or "") / "checkpoints" / "step-000000" / "manifest.json"
+    facts = json.loads(manifest.read_text())
+    for name, value in (("device", "cuda"), ("precision", "fp16"), ("processes", 4)):
+        changed = json.loads(json.dumps(facts))
+        changed["facts"]["machine"][name] = value
+        manifest.write_text(json.dumps(changed))
+        with pytest.raises(UserError, match=f"was trained with {name} {value}, here it would be"):
+            Trainer(quick(precision="auto"))
 
 
 def test_wrong_size(quick: Make, tmp_path: Path) -> None:
@@ -300,5 +340,5 @@ assert not trainer._anyone(False) and trainer._anyone(trainer.accelerator.proces
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "run" / "checkpoints" / "step-000003" / "generator-1.pt").is_file()
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
-    with pytest.raises(UserError, match="written by 2 processes, this run has 1"):
+    with pytest.raises(UserError, match="trained with processes 2, here it would be 1"):
         Trainer(TrainConfig(out=str(tmp_path / "run"), image_size=16, model="nano", batch_size=4, precision="fp32"))

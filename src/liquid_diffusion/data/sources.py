@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
@@ -73,7 +74,7 @@ class FolderSource:
         try:
             with Image.open(self.paths[index]) as image:
                 return to_rgb(image), self._labels[index]
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except Exception as error:  # a decoder may raise anything: struct.error, RuntimeError, ...
             raise BadPictureError(f"{self.paths[index]}: {error}") from error
 
 
@@ -135,7 +136,7 @@ class TableSource:
             data = row[self._image]
             with Image.open(io.BytesIO(data["bytes"]) if data["bytes"] is not None else data["path"]) as image:
                 return to_rgb(image), label
-        except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError) as error:
+        except Exception as error:  # see FolderSource
             raise BadPictureError(f"{self.name(index)}: {error}") from error
 
 
@@ -150,10 +151,16 @@ def _load_hub_table(identifier: str) -> Any:
             f"The data set {identifier!r} is not a folder here, and the Hub does not know it or can't be reached; "
             "check the name, the network, and `huggingface-cli login` for a private one."
         ) from error
-    except (ConnectionError, OSError) as error:
+    except (ValueError, RuntimeError) as error:  # no such id, no train split, or a set that wants to run its own code
+        raise UserError(f"The data set {identifier!r} can't be loaded: {str(error).splitlines()[0]}") from error
+    except OSError as error:
         raise UserError(
             f"The Hub can't be reached for {identifier!r}; check the network, or train on a folder."
         ) from error
+
+
+def _looks_like_hub_id(data: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", data) is not None
 
 
 def open_source(data: str) -> Source:
@@ -171,7 +178,7 @@ def open_source(data: str) -> Source:
         return TableSource(load_from_disk(str(path)), data)
     if path.is_dir():
         return FolderSource(path)
-    if path.is_absolute() or data.startswith((".", "~")) or data.count("/") != 1:
+    if path.is_absolute() or data.startswith((".", "~")) or not _looks_like_hub_id(data):
         raise UserError(
             f"There is no data set and no folder {data!r}; `liquid-diffusion datasets` lists what is known."
         )

@@ -17,7 +17,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         # PIL clips wide integers at 255 when it converts them: a 16-bit picture would come out white
         values = np.asarray(image, dtype=np.float64)
-        scale = 65535.0 if values.max(initial=0) > 255 else 255.0
+        # "I;16" is 16 bits by its name; the range of "I" and "F" has to be guessed from what is there
+        highest = values.max(initial=0)
+        scale = 65535.0 if image.mode.startswith("I;16") or highest > 255 else 1.0 if highest <= 1 else 255.0
         image = Image.fromarray((values / scale * 255).round().clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")

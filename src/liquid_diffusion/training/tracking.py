@@ -27,7 +27,7 @@ class MetricsLog:
                 try:
                     if json.loads(line)["step"] <= step:
                         kept.append(line + "\n")
-                except ValueError:
+                except (ValueError, KeyError, TypeError):
                     continue  # the last line of a run that was killed while it wrote
         path.write_text("".join(kept))
         self._file = path.open("a", buffering=1)

@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from liquid_diffusion.codecs import AutoencoderCodec, make_codec
-from liquid_diffusion.config import TrainConfig, UserError
+from liquid_diffusion.config import RunConfig, TrainConfig, UserError
 from liquid_diffusion.data.pictures import PictureDataset, ShuffledBatches, collate
 from liquid_diffusion.data.sources import open_source
 from liquid_diffusion.data.transforms import to_float
@@ -82,9 +82,10 @@ class Trainer:
         self.config = run = resolve(config, device.type)
         self.run_folder = Path(run.out).expanduser()
         self.checkpoints = CheckpointFolder(self.run_folder / "checkpoints")
+        self._check_run_folder()
         found = self.checkpoints.latest()
         if found is not None:
-            self._check_same_run(found[2]["config"])
+            self._check_same_run(found[2])
         if device.type == "cpu":
             keep_freed_memory()
         set_seed(run.seed, device_specific=True)
@@ -112,14 +113,15 @@ class Trainer:
             self.codec.vae.to(device)
 
         self.step = 0
+        if found is not None:
+            self._load(*found)
         self._make_run_folder()
         self.accelerator.wait_for_everyone()
         if found is None:
             self.codec.fit(self._pictures_to_fit())
-        else:
-            self._load(*found)
-        self._skipped: set[str] = set()
-        self._note_skipped(self.dataset.skipped)
+        self._skipped = self._skipped_before()
+        if self.accelerator.is_main_process:  # every process has read them all
+            self._note_skipped(self.dataset.skipped)
 
     # ---- the run folder
 
@@ -145,13 +147,43 @@ class Trainer:
             f"to {self.run_folder}{start}"
         )
 
-    def _check_same_run(self, before: dict[str, Any]) -> None:
+    def _check_run_folder(self) -> None:
+        """Refuse a folder that holds anything but a run."""
+        data = Path(self.config.data).expanduser()
+        if data.is_dir() and self.run_folder.resolve().is_relative_to(data.resolve()):
+            raise UserError(f"The run folder {self.run_folder} would lie among the pictures; choose another --out.")
+        if not self.run_folder.is_dir() or not any(self.run_folder.iterdir()):
+            return
+        try:
+            settings = yaml.safe_load(self.config_file.read_text())
+        except (OSError, ValueError, yaml.YAMLError):
+            settings = None
+        if not isinstance(settings, dict) or not set(settings) <= {field.name for field in fields(RunConfig)}:
+            raise UserError(f"{self.run_folder} holds something else than a run; choose another --out.")
+
+    def _check_same_run(self, facts: dict[str, Any]) -> None:
+        before = facts["config"]
         for name, value in asdict(self.config).items():
             if name not in _FREE and before.get(name) != value:
                 raise UserError(
                     f"{self.run_folder} was trained with {name} {before.get(name)}, not {value}; "
                     f"say --{name.replace('_', '-')} {before.get(name)} to go on with it, or choose another --out."
                 )
+        for name, value in self._machine().items():
+            if facts["machine"][name] != value:
+                raise UserError(
+                    f"{self.run_folder} was trained with {name} {facts['machine'][name]}, here it would be {value}; "
+                    f"go on where it was started, or choose another --out."
+                )
+
+    def _machine(self) -> dict[str, Any]:
+        """What a run that goes on must find again: the states of its generators and of its loss scaling."""
+        accelerator = self.accelerator
+        return {
+            "device": accelerator.device.type,
+            "precision": accelerator.mixed_precision,
+            "processes": accelerator.num_processes,
+        }
 
     def _make_run_folder(self) -> None:
         if not self.accelerator.is_main_process:
@@ -164,6 +196,10 @@ class Trainer:
         except OSError as error:
             raise UserError(f"The run folder {self.run_folder} can't be written to: {error.strerror}.") from error
         self.config_file.write_text(yaml.safe_dump(asdict(self.config), sort_keys=False))
+
+    def _skipped_before(self) -> set[str]:
+        path = self.run_folder / "skipped.jsonl"
+        return {json.loads(line)["picture"] for line in path.read_text().splitlines()} if path.is_file() else set()
 
     def _note_skipped(self, messages: list[str]) -> None:
         new = [message for message in messages if message not in self._skipped]
@@ -180,8 +216,9 @@ class Trainer:
         slow = isinstance(self.codec, AutoencoderCodec) and self.accelerator.device.type == "cpu"
         wanted = min(len(self.dataset), _FIT_PICTURES_CPU_VAE if slow else _FIT_PICTURES)
         every = len(self.dataset) / wanted  # spread over the whole set, whose order may mean something
-        for start in range(0, wanted, 16):
-            chosen = range(start, min(start + 16, wanted))
+        at_once = min(16, self.config.batch_size)
+        for start in range(0, wanted, at_once):
+            chosen = range(start, min(start + at_once, wanted))
             yield to_float(torch.stack([self.dataset.picture(int(i * every))["image"] for i in chosen]))
 
     # ---- state
@@ -205,7 +242,7 @@ class Trainer:
                 "codec": self.codec.state(),
                 "label_names": self.dataset.label_names,
                 "pictures": len(self.dataset),
-                "processes": accelerator.num_processes,
+                "machine": self._machine(),
             }
             self.checkpoints.finish(self.step, facts)
         accelerator.wait_for_everyone()
@@ -216,11 +253,6 @@ class Trainer:
             raise UserError(
                 f"{self.config.data} has changed since {folder} was written: it had {facts['pictures']} pictures, now "
                 f"{len(self.dataset)}; choose another --out to train on what is there now."
-            )
-        if facts["processes"] != self.accelerator.num_processes:
-            raise UserError(
-                f"{folder} was written by {facts['processes']} processes, this run has "
-                f"{self.accelerator.num_processes}; start as many to go on with it, or choose another --out."
             )
         self.accelerator.load_state(str(folder))
         self.ema.load_state_dict(torch.load(folder / "ema.pt", map_location="cpu", weights_only=True))
@@ -342,11 +374,12 @@ class Trainer:
             for result in self.steps():
                 losses.append(result.loss)
                 bar.update()
-                due = self.step % config.log_every == 0 or self.finished
+                saving = self.step % config.checkpoint_every == 0 or self.finished
+                due = self.step % config.log_every == 0 or saving
                 # processes have to agree, which costs a round trip: several ask only where the loss is read anyway
                 if due or self.accelerator.num_processes == 1:
                     stopping = self._anyone(stop.wanted)
-                if due:
+                if due or stopping:  # the loss is looked at before anything is saved
                     values = self._metrics(losses, time.perf_counter() - since)
                     losses.clear()
                     bar.set_postfix(loss=f"{values['loss']:.3f}", images_s=f"{values['images_per_second']:.0f}")
@@ -354,7 +387,7 @@ class Trainer:
                         log.write(self.step, **values)
                 if main and (self.step % config.sample_every == 0 or self.finished):
                     self.draw_samples()
-                if self.step % config.checkpoint_every == 0 or self.finished or stopping:
+                if saving or stopping:
                     self.save()
                 if stopping:
                     break
