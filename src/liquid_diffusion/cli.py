@@ -25,14 +25,15 @@ def _train(arguments: dict[str, Any]) -> int:
     from liquid_diffusion.training.trainer import Trainer
 
     trainer = Trainer(TrainConfig(**arguments))
+    run, say = trainer.folder, trainer.accelerator.print  # of several processes the first one speaks
     if trainer.finished:
-        print(f"{trainer.run_folder} has reached its {trainer.step} steps; give more --steps to train on.")
+        say(f"{run.path} has reached its {trainer.step} steps; give more --steps to train on.")
         return 0
-    print(trainer.summary())
+    say(trainer.summary())
     if trainer.run():
-        print(f"Done: {trainer.run_folder}/samples. More pictures: liquid-diffusion sample {trainer.run_folder}")
+        say(f"Done: {run.path}/samples. More pictures: liquid-diffusion sample {run.path}")
         return 0
-    print(f"Stopped at step {trainer.step}; all is saved. Go on: liquid-diffusion train --config {trainer.config_file}")
+    say(f"Stopped at step {trainer.step}; all is saved. Go on: liquid-diffusion train --config {run.config_file}")
     return 130
 
 

@@ -50,6 +50,15 @@ def test_flips_are_half_and_differ_between_epochs(photos: Path) -> None:
     assert all(torch.equal(dataset[e, 5]["image"], again[e, 5]["image"]) for e in range(20))
 
 
+def test_spread_takes_equal_distances(photos: Path) -> None:
+    dataset = PictureDataset(open_source(str(photos)), 32)
+    batches = list(dataset.spread(6, 4))
+    assert [len(batch) for batch in batches] == [4, 2]
+    expected = torch.stack([dataset.picture(i)["image"] for i in (0, 4, 8, 12, 16, 20)])
+    assert torch.equal(torch.cat(batches), expected)
+    assert sum(len(batch) for batch in dataset.spread(100, 16)) == 24
+
+
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_bad_pictures_are_skipped_and_named(photos: Path, in_memory: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     (photos / "dog" / "00.png").write_bytes(b"")

@@ -224,12 +224,12 @@ def test_a_loss_that_is_no_number_ends_the_run(quick: Make, monkeypatch: pytest.
 def test_another_run_is_not_gone_on_with(quick: Make, photos: Path, changes: dict[str, Any], words: str) -> None:
     trainer = Trainer(quick())
     trainer.save()
-    before = {path: path.read_bytes() for path in trainer.run_folder.rglob("*") if path.is_file()}
+    before = {path: path.read_bytes() for path in trainer.folder.path.rglob("*") if path.is_file()}
     if "data" in changes:
         changes = {"data": str(photos)}
     with pytest.raises(UserError, match=words):
         Trainer(quick(**changes))
-    after = {path: path.read_bytes() for path in trainer.run_folder.rglob("*") if path.is_file()}
+    after = {path: path.read_bytes() for path in trainer.folder.path.rglob("*") if path.is_file()}
     assert after == before
 
 

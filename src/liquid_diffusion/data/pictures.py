@@ -96,6 +96,17 @@ class PictureDataset(Dataset[Item]):
                 skipped.append(str(error))
         raise UserError(f"Not one of the {len(self)} pictures can be read; the first: {skipped[0]}.")
 
+    def spread(self, count: int, batch_size: int) -> Iterator[Tensor]:
+        """`count` pictures at equal distances over the whole set, whose order may mean something.
+
+        Yields:
+            (B, 3, H, W) uint8, at most `batch_size` at once.
+        """
+        count = min(count, len(self))
+        chosen = [i * len(self) // count for i in range(count)]
+        for start in range(0, count, batch_size):
+            yield torch.stack([self.picture(i)["image"] for i in chosen[start : start + batch_size]])
+
     def __getitem__(self, key: tuple[int, int]) -> Item:
         epoch, index = key
         item = self.picture(index)

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import os
-import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
@@ -24,7 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from liquid_diffusion.codecs import AutoencoderCodec, make_codec
-from liquid_diffusion.config import RunConfig, TrainConfig, UserError
+from liquid_diffusion.config import TrainConfig, UserError
 from liquid_diffusion.data.pictures import PictureDataset, ShuffledBatches, collate
 from liquid_diffusion.data.sources import open_source
 from liquid_diffusion.data.transforms import to_float
@@ -36,6 +32,7 @@ from liquid_diffusion.pipeline import LiquidDiffusionPipeline
 from liquid_diffusion.presets import resolve
 from liquid_diffusion.sampling import make_scheduler, seeded_generators
 from liquid_diffusion.training.checkpoint import CheckpointFolder
+from liquid_diffusion.training.run_folder import RunFolder
 from liquid_diffusion.training.tracking import MetricsLog, StopRequest
 
 # What a run that goes on may change; all else would make it another run.
@@ -80,9 +77,9 @@ class Trainer:
         AcceleratorState._reset_state()  # else a second run in one process must have the first one's precision
         self.accelerator = Accelerator(mixed_precision=choose_precision(config.precision, device))
         self.config = run = resolve(config, device.type)
-        self.run_folder = Path(run.out).expanduser()
-        self.checkpoints = CheckpointFolder(self.run_folder / "checkpoints")
-        self._check_run_folder()
+        self.folder = RunFolder(Path(run.out).expanduser())
+        self.checkpoints = CheckpointFolder(self.folder.path / "checkpoints")
+        self.folder.check(Path(run.data).expanduser())
         found = self.checkpoints.latest()
         if found is not None:
             self._check_same_run(found[2])
@@ -115,20 +112,16 @@ class Trainer:
         self.step = 0
         if found is not None:
             self._load(*found)
-        self._make_run_folder()
+        if self.accelerator.is_main_process:
+            self.folder.begin(run)
+            self.folder.note_skipped(self.dataset.skipped, len(self.dataset.source))
         self.accelerator.wait_for_everyone()
         if found is None:
-            self.codec.fit(self._pictures_to_fit())
-        self._skipped = self._skipped_before()
-        if self.accelerator.is_main_process:  # every process has read them all
-            self._note_skipped(self.dataset.skipped)
+            slow = isinstance(self.codec, AutoencoderCodec) and device.type == "cpu"
+            pictures = self.dataset.spread(_FIT_PICTURES_CPU_VAE if slow else _FIT_PICTURES, min(16, run.batch_size))
+            self.codec.fit(to_float(images) for images in pictures)
 
-    # ---- the run folder
-
-    @property
-    def config_file(self) -> Path:
-        """RUN/config.yaml, with everything decided."""
-        return self.run_folder / "config.yaml"
+    # ---- what run this is
 
     @property
     def finished(self) -> bool:
@@ -144,35 +137,21 @@ class Trainer:
             f"{self.config.model} ({millions:.1f} M parameters) on {len(self.dataset)} pictures{classes} of "
             f"{self.config.image_size} px, codec {self.config.codec}, {self.accelerator.device.type} in "
             f"{'fp32' if self.accelerator.mixed_precision == 'no' else self.accelerator.mixed_precision}, "
-            f"to {self.run_folder}{start}"
+            f"to {self.folder.path}{start}"
         )
-
-    def _check_run_folder(self) -> None:
-        """Refuse a folder that holds anything but a run."""
-        data = Path(self.config.data).expanduser()
-        if data.is_dir() and self.run_folder.resolve().is_relative_to(data.resolve()):
-            raise UserError(f"The run folder {self.run_folder} would lie among the pictures; choose another --out.")
-        if not self.run_folder.is_dir() or not any(self.run_folder.iterdir()):
-            return
-        try:
-            settings = yaml.safe_load(self.config_file.read_text())
-        except (OSError, ValueError, yaml.YAMLError):
-            settings = None
-        if not isinstance(settings, dict) or not set(settings) <= {field.name for field in fields(RunConfig)}:
-            raise UserError(f"{self.run_folder} holds something else than a run; choose another --out.")
 
     def _check_same_run(self, facts: dict[str, Any]) -> None:
         before = facts["config"]
         for name, value in asdict(self.config).items():
             if name not in _FREE and before.get(name) != value:
                 raise UserError(
-                    f"{self.run_folder} was trained with {name} {before.get(name)}, not {value}; "
+                    f"{self.folder.path} was trained with {name} {before.get(name)}, not {value}; "
                     f"say --{name.replace('_', '-')} {before.get(name)} to go on with it, or choose another --out."
                 )
         for name, value in self._machine().items():
             if facts["machine"][name] != value:
                 raise UserError(
-                    f"{self.run_folder} was trained with {name} {facts['machine'][name]}, here it would be {value}; "
+                    f"{self.folder.path} was trained with {name} {facts['machine'][name]}, here it would be {value}; "
                     f"go on where it was started, or choose another --out."
                 )
 
@@ -184,42 +163,6 @@ class Trainer:
             "precision": accelerator.mixed_precision,
             "processes": accelerator.num_processes,
         }
-
-    def _make_run_folder(self) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        try:
-            self.run_folder.mkdir(parents=True, exist_ok=True)
-            probe = self.run_folder / ".writable"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise UserError(f"The run folder {self.run_folder} can't be written to: {error.strerror}.") from error
-        self.config_file.write_text(yaml.safe_dump(asdict(self.config), sort_keys=False))
-
-    def _skipped_before(self) -> set[str]:
-        path = self.run_folder / "skipped.jsonl"
-        return {json.loads(line)["picture"] for line in path.read_text().splitlines()} if path.is_file() else set()
-
-    def _note_skipped(self, messages: list[str]) -> None:
-        new = [message for message in messages if message not in self._skipped]
-        if not new:
-            return
-        self._skipped.update(new)
-        with (self.run_folder / "skipped.jsonl").open("a") as file:
-            file.writelines(json.dumps({"picture": message}) + "\n" for message in new)
-        share = len(self._skipped) / len(self.dataset.source)
-        warning = " That is more than 5 %: look at your data." if share > 0.05 else ""
-        tqdm.write(f"Skipped {len(self._skipped)} pictures that can't be read, e.g. {new[0]}.{warning}")
-
-    def _pictures_to_fit(self) -> Iterator[Tensor]:
-        slow = isinstance(self.codec, AutoencoderCodec) and self.accelerator.device.type == "cpu"
-        wanted = min(len(self.dataset), _FIT_PICTURES_CPU_VAE if slow else _FIT_PICTURES)
-        every = len(self.dataset) / wanted  # spread over the whole set, whose order may mean something
-        at_once = min(16, self.config.batch_size)
-        for start in range(0, wanted, at_once):
-            chosen = range(start, min(start + at_once, wanted))
-            yield to_float(torch.stack([self.dataset.picture(int(i * every))["image"] for i in chosen]))
 
     # ---- state
 
@@ -234,7 +177,7 @@ class Trainer:
         if accelerator.is_main_process:
             torch.save(self.ema.state_dict(), folder / "ema.pt")
             with self.ema_weights():
-                write_pipeline(self.pipeline(), self.run_folder / "pipeline")
+                self.folder.save_pipeline(self.pipeline())
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             facts = {
@@ -349,7 +292,7 @@ class Trainer:
         for images, labels, skipped in self._loader():
             if self.finished:
                 return
-            self._note_skipped(skipped)
+            self.folder.note_skipped(skipped, len(self.dataset.source))
             loss = self.train_step(images, labels)
             self.step += 1
             yield StepResult(self.step, loss)
@@ -364,7 +307,7 @@ class Trainer:
             UserError: the loss is no number any more.
         """
         config, main = self.config, self.accelerator.is_main_process
-        log = MetricsLog(self.run_folder, self.step) if main else None
+        log = MetricsLog(self.folder.path, self.step) if main else None
         bar = tqdm(
             total=config.steps, initial=self.step, desc="Training", unit="step", disable=not main, smoothing=0.05
         )
@@ -420,19 +363,4 @@ class Trainer:
         labels = [row for row in range(rows) for _ in range(_GRID_COLUMNS)] if names else None
         with self.ema_weights():
             images = self.pipeline()(count, labels, generator=seeded_generators(0, count)).images
-        path = self.run_folder / "samples" / f"step-{self.step:06d}.png"
-        path.parent.mkdir(exist_ok=True)
-        draw_grid(images, _GRID_COLUMNS, row_names=names[:rows]).save(path)
-        return path
-
-
-def write_pipeline(pipeline: LiquidDiffusionPipeline, folder: Path) -> None:
-    """Save a pipeline beside `folder`, then put it in place."""
-    partial, old = folder.with_name(folder.name + ".partial"), folder.with_name(folder.name + ".old")
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    pipeline.save_pretrained(str(partial))
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(partial, folder)
-    shutil.rmtree(old, ignore_errors=True)
+        return self.folder.save_samples(draw_grid(images, _GRID_COLUMNS, row_names=names[:rows]), self.step)

@@ -1,0 +1,99 @@
+"""RUN: what lies in a run's folder beside its checkpoints, and whose folder it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import yaml
+from PIL import Image
+from tqdm import tqdm
+
+from liquid_diffusion.config import RunConfig, UserError
+from liquid_diffusion.pipeline import LiquidDiffusionPipeline
+
+
+class RunFolder:
+    """A folder that belongs to one run.
+
+    Args:
+        path: it need not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._skipped: set[str] = set()
+
+    @property
+    def config_file(self) -> Path:
+        """RUN/config.yaml, with everything decided."""
+        return self.path / "config.yaml"
+
+    def check(self, data: Path) -> None:
+        """Look whether the folder may be used; nothing is written.
+
+        Args:
+            data: the folder of pictures, if it is one.
+
+        Raises:
+            UserError: it holds something else than a run, or lies among the pictures.
+        """
+        if data.is_dir() and self.path.resolve().is_relative_to(data.resolve()):
+            raise UserError(f"The run folder {self.path} would lie among the pictures; choose another --out.")
+        if not self.path.is_dir() or not any(self.path.iterdir()):
+            return
+        try:
+            settings = yaml.safe_load(self.config_file.read_text())
+        except (OSError, ValueError, yaml.YAMLError):
+            settings = None
+        if not isinstance(settings, dict) or not set(settings) <= {field.name for field in fields(RunConfig)}:
+            raise UserError(f"{self.path} holds something else than a run; choose another --out.")
+
+    def begin(self, config: RunConfig) -> None:
+        """Make the folder, if it is not there, and write the configuration.
+
+        Raises:
+            UserError: it can't be written to.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.config_file.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+        except OSError as error:
+            raise UserError(f"The run folder {self.path} can't be written to: {error.strerror}.") from error
+        skipped = self.path / "skipped.jsonl"
+        if skipped.is_file():
+            self._skipped = {json.loads(line)["picture"] for line in skipped.read_text().splitlines()}
+
+    def note_skipped(self, messages: Sequence[str], pictures: int) -> None:
+        """Name pictures that can't be read in RUN/skipped.jsonl, each once, and say how many of `pictures` they are."""
+        new = [message for message in dict.fromkeys(messages) if message not in self._skipped]
+        if not new:
+            return
+        self._skipped.update(new)
+        with (self.path / "skipped.jsonl").open("a") as file:
+            file.writelines(json.dumps({"picture": message}) + "\n" for message in new)
+        warning = " That is more than 5 %: look at your data." if len(self._skipped) > 0.05 * pictures else ""
+        tqdm.write(f"Skipped {len(self._skipped)} pictures that can't be read, e.g. {new[0]}.{warning}")
+
+    def save_samples(self, sheet: Image.Image, step: int) -> Path:
+        """RUN/samples/step-000500.png."""
+        path = self.path / "samples" / f"step-{step:06d}.png"
+        path.parent.mkdir(exist_ok=True)
+        sheet.save(path)
+        return path
+
+    def save_pipeline(self, pipeline: LiquidDiffusionPipeline) -> None:
+        """RUN/pipeline, written aside and then put in place of the one before."""
+        folder = self.path / "pipeline"
+        partial, old = folder.with_name("pipeline.partial"), folder.with_name("pipeline.old")
+        for leftover in (partial, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        pipeline.save_pretrained(str(partial))
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(partial, folder)
+        shutil.rmtree(old, ignore_errors=True)
