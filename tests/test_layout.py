@@ -27,6 +27,7 @@ FLOORS = {
     "estimate": 1,
     "pipeline": 2,
     "generate": 3,
+    "export": 3,
     "training": 3,
     "evaluation": 3,
     "cli": 4,

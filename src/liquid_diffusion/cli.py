@@ -10,7 +10,7 @@ from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
-from liquid_diffusion.config import EstimateConfig, SampleConfig, TrainConfig, UserError
+from liquid_diffusion.config import EstimateConfig, ExportConfig, SampleConfig, TrainConfig, UserError
 
 _EXAMPLES = """
 examples:
@@ -51,6 +51,13 @@ def _datasets(arguments: dict[str, Any]) -> int:
     return 0
 
 
+def _export(arguments: dict[str, Any]) -> int:
+    from liquid_diffusion.export import export
+
+    print(export(arguments.pop("run"), ExportConfig(**arguments)))
+    return 0
+
+
 def _estimate(arguments: dict[str, Any]) -> int:
     from liquid_diffusion.estimate import report
 
@@ -62,9 +69,13 @@ def _estimate(arguments: dict[str, Any]) -> int:
 _COMMANDS: dict[str, tuple[Callable[[dict[str, Any]], int], type | None, str]] = {
     "train": (_train, TrainConfig, "train a generator, or go on with a run"),
     "sample": (_sample, SampleConfig, "draw pictures with a trained one"),
+    "export": (_export, ExportConfig, "write a trained one for other programs"),
     "estimate": (_estimate, EstimateConfig, "tell what memory a training will need"),
     "datasets": (_datasets, None, "list the data sets known by name"),
 }
+
+
+_OF_A_RUN = ("sample", "export")
 
 
 class _Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
@@ -86,7 +97,7 @@ def _parser() -> ArgumentParser:
     )
     commands = parser.add_subcommands(required=True, dest="command", metavar="COMMAND")
     for name, (_, config, text) in _COMMANDS.items():
-        usage = f"liquid-diffusion {name} {'RUN ' if name == 'sample' else ''}[options]"
+        usage = f"liquid-diffusion {name} {'RUN ' if name in _OF_A_RUN else ''}[options]"
         command = ArgumentParser(usage=usage, description=text[0].upper() + text[1:] + ".", formatter_class=_Formatter)
         if config is not None:
             command.add_argument("--config", action="config", help="YAML file with any of these options")
@@ -96,7 +107,7 @@ def _parser() -> ArgumentParser:
                 command.add_argument(
                     flag, type=hints[option.name], default=option.default, help=option.metadata["help"]
                 )
-        if name == "sample":
+        if name in _OF_A_RUN:
             command.add_argument("run", type=str, help="run folder, pipeline folder or Hub id")
         if name in ("datasets", "estimate"):
             command.add_argument("--json", action="store_true", help="machine-readable")

@@ -135,3 +135,11 @@ class EstimateConfig:
             raise UserError(f"An estimate knows the codecs pixels and sd-vae, not {self.codec!r}.")
         if self.gpu_memory is not None and self.gpu_memory <= 0:
             raise UserError(f"gpu_memory must be above 0, not {self.gpu_memory}.")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """A trained model for other programs."""
+
+    to: Literal["diffusers", "onnx"] = _option("diffusers", "diffusers or onnx")
+    out: str = _option("exported", "a new or empty folder")
