@@ -58,8 +58,8 @@ def choose_precision(wanted: str, device: torch.device) -> str:
 def keep_freed_memory() -> None:
     """Let a training on the CPU use its freed memory again instead of giving it back to the kernel each step.
 
-    Activations of some megabytes are else mapped, cleared and unmapped over and over: 10,000 to 16,000 page faults
-    a step of the nano model, measured, and none after this. Linux with glibc only; elsewhere nothing happens.
+    Activations of some megabytes are else mapped, cleared and unmapped over and over, with thousands of page faults a
+    step (the test of this function counts them). Linux with glibc only; elsewhere nothing happens.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

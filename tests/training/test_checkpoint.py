@@ -23,6 +23,13 @@ def test_the_newest_few_stay(tmp_path: Path) -> None:
     assert checkpoints.latest() == (tmp_path / "checkpoints" / "step-000015", 15, {"loss": 15})
 
 
+def test_a_million_steps_come_after_less(tmp_path: Path) -> None:
+    checkpoints = CheckpointFolder(tmp_path, keep=2)
+    for step in (999_500, 1_000_000, 1_000_500):
+        save(checkpoints, step)
+    assert [path.name for path in checkpoints.all()] == ["step-1000000", "step-1000500"]
+
+
 def test_one_that_was_never_finished_does_not_count(tmp_path: Path) -> None:
     checkpoints = CheckpointFolder(tmp_path)
     save(checkpoints, 5)

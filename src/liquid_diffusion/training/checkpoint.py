@@ -30,7 +30,7 @@ class CheckpointFolder:
 
     def all(self) -> list[Path]:
         """All checkpoints, oldest first."""
-        return sorted(self.folder.glob("step-*[0-9]"))
+        return sorted(self.folder.glob("step-*[0-9]"), key=lambda path: int(path.name.removeprefix("step-")))
 
     def place(self, step: int) -> Path:
         """Where the files of a checkpoint are put while it is written."""

@@ -88,7 +88,7 @@ class Trainer:
         set_seed(run.seed, device_specific=True)
 
         self.codec = make_codec(run.codec)
-        self.dataset = PictureDataset(open_source(run.data), run.image_size, bool(run.flip), run.seed)
+        self.dataset = PictureDataset(open_source(run.data), run.image_size, run.flip, run.seed)
         self.model = LiquidUNet.from_preset(run.model, self.codec.channels, len(self.dataset.label_names))
         multiple = self.codec.factor * self.model.downscale
         if run.image_size % multiple:
@@ -189,7 +189,7 @@ class Trainer:
             }
             self.checkpoints.finish(self.step, facts)
         accelerator.wait_for_everyone()
-        return self.checkpoints.folder / f"step-{self.step:06d}"
+        return self.checkpoints.all()[-1]
 
     def _load(self, folder: Path, step: int, facts: dict[str, Any]) -> None:
         if facts["pictures"] != len(self.dataset) or facts["label_names"] != self.dataset.label_names:
