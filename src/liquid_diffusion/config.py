@@ -50,6 +50,7 @@ class TrainConfig:
     ema_decay: float = _option(0.999, "decay of the averaged weights, reached after its own warm-up")
     label_dropout: float = _option(0.1, "share of labels hidden in training, which makes guidance possible")
     time_sampling: Literal["logit-normal", "uniform"] = _option("logit-normal", "distribution of the training times")
+    val_fraction: float = _option(0.05, "share of the pictures held out: never trained on, for evaluation")
     flip: bool | None = _option(None, "mirror half of the pictures (default: yes, but for emoji)")
     workers: int = _option(2, "processes that read pictures, where they do not fit in memory")
     seed: int = _option(0, "seed of every random draw")
@@ -66,6 +67,8 @@ class TrainConfig:
         for name in ("cooldown", "label_dropout", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} must lie between 0 and 1, not {getattr(self, name)}.")
+        if not 0 <= self.val_fraction < 1:
+            raise UserError(f"val_fraction must be at least 0 and under 1, not {self.val_fraction}.")
         if (self.lr is not None and self.lr <= 0) or self.max_grad_norm <= 0:
             raise UserError("lr and max_grad_norm must be above 0.")
         if not 0 <= self.seed < 2**32:

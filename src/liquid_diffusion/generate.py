@@ -13,6 +13,7 @@ from torch import Tensor
 from liquid_diffusion.config import SampleConfig, UserError
 from liquid_diffusion.data.pictures import PictureDataset
 from liquid_diffusion.data.sources import open_source
+from liquid_diffusion.data.split import split
 from liquid_diffusion.data.transforms import to_pil
 from liquid_diffusion.evaluation.nearest import nearest_pictures
 from liquid_diffusion.grid import draw_grid
@@ -47,7 +48,9 @@ def _beside_nearest(pictures: Tensor, run: str, size: int) -> tuple[Image.Image,
     if not settings.is_file():
         raise UserError(f"{run} does not say what it was trained on: the nearest pictures need a run folder.")
     config = yaml.safe_load(settings.read_text())
-    dataset = PictureDataset(open_source(config["data"]), size, config["flip"], config["seed"])
+    source = open_source(config["data"])
+    chosen, _ = split(source, config["val_fraction"])
+    dataset = PictureDataset(source, size, config["flip"], config["seed"], chosen)
     nearest, distances = nearest_pictures(pictures, dataset)
     columns = min(8, len(pictures))
     rows: list[Image.Image] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TypedDict
 
 import torch
@@ -38,20 +38,28 @@ class PictureDataset(Dataset[Item]):
         image_size: side in pixels.
         flip: mirror a picture in half of the epochs, drawn from (seed, epoch, index).
         seed: see `flip`.
+        indices: numbers of the pictures in the source that this set consists of; all where nothing is said.
 
     Raises:
         UserError: not one picture can be read.
     """
 
-    def __init__(self, source: Source, image_size: int, flip: bool = False, seed: int = 0) -> None:
+    def __init__(
+        self,
+        source: Source,
+        image_size: int,
+        flip: bool = False,
+        seed: int = 0,
+        indices: Sequence[int] | None = None,
+    ) -> None:
         self.source = source
         self.image_size = image_size
         self.flip = flip
         self.seed = seed
         self.skipped: list[str] = []
-        self.indices = list(range(len(source)))
+        self.indices = list(range(len(source)) if indices is None else indices)
         self._decoded: list[tuple[Tensor, int]] | None = None
-        if len(source) * 3 * image_size**2 <= _IN_MEMORY_BYTES:
+        if len(self.indices) * 3 * image_size**2 <= _IN_MEMORY_BYTES:
             self._decode_all()
 
     @property
@@ -90,7 +98,7 @@ class PictureDataset(Dataset[Item]):
         skipped: list[str] = []
         for step in range(len(self)):
             try:
-                image, label = self._read((index + step) % len(self))
+                image, label = self._read(self.indices[(index + step) % len(self)])
                 return {"image": image, "label": label, "skipped": skipped}
             except BadPictureError as error:
                 skipped.append(str(error))

@@ -36,6 +36,13 @@ class Source(Protocol):
     def name(self, index: int) -> str:
         """Picture `index` in words a person can find it by."""
 
+    def content(self, index: int) -> bytes:
+        """Picture `index` as it is stored, encoded.
+
+        Raises:
+            BadPictureError: it can't be read.
+        """
+
     def read(self, index: int) -> tuple[Image.Image, int]:
         """Picture `index` in RGB and its label (0 where there are no classes).
 
@@ -69,6 +76,12 @@ class FolderSource:
 
     def name(self, index: int) -> str:
         return str(self.paths[index])
+
+    def content(self, index: int) -> bytes:
+        try:
+            return self.paths[index].read_bytes()
+        except OSError as error:
+            raise BadPictureError(f"{self.paths[index]}: {error}") from error
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         try:
@@ -129,12 +142,18 @@ class TableSource:
     def name(self, index: int) -> str:
         return f"{self.origin}, row {index}"
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        row = self._table[index]
-        label = row[self._label] if self._label else 0
+    def content(self, index: int) -> bytes:
         try:
-            data = row[self._image]
-            with Image.open(io.BytesIO(data["bytes"]) if data["bytes"] is not None else data["path"]) as image:
+            picture = self._table[index][self._image]
+            return picture["bytes"] if picture["bytes"] is not None else Path(picture["path"]).read_bytes()
+        except (OSError, TypeError) as error:  # an empty cell is None
+            raise BadPictureError(f"{self.name(index)}: {error}") from error
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        label = self._table[index][self._label] if self._label else 0
+        content = self.content(index)
+        try:
+            with Image.open(io.BytesIO(content)) as image:
                 return to_rgb(image), label
         except Exception as error:  # see FolderSource
             raise BadPictureError(f"{self.name(index)}: {error}") from error

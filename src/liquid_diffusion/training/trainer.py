@@ -23,6 +23,7 @@ from liquid_diffusion.codecs import AutoencoderCodec, make_codec
 from liquid_diffusion.config import TrainConfig, UserError
 from liquid_diffusion.data.pictures import PictureDataset, ShuffledBatches, collate
 from liquid_diffusion.data.sources import open_source
+from liquid_diffusion.data.split import split
 from liquid_diffusion.data.transforms import to_float
 from liquid_diffusion.flow import flow_loss, interpolate, sample_times, velocity
 from liquid_diffusion.grid import draw_grid
@@ -88,7 +89,9 @@ class Trainer:
         set_seed(run.seed, device_specific=True)
 
         self.codec = make_codec(run.codec)
-        self.dataset = PictureDataset(open_source(run.data), run.image_size, run.flip, run.seed)
+        source = open_source(run.data)
+        chosen, self.held_out = split(source, run.val_fraction)
+        self.dataset = PictureDataset(source, run.image_size, run.flip, run.seed, chosen)
         self.model = LiquidUNet.from_preset(run.model, self.codec.channels, len(self.dataset.label_names))
         multiple = self.codec.factor * self.model.downscale
         if run.image_size % multiple:
@@ -135,7 +138,7 @@ class Trainer:
         start = f", going on from step {self.step}" if self.step else ""
         return (
             f"{self.config.model} ({millions:.1f} M parameters) on {len(self.dataset)} pictures{classes} of "
-            f"{self.config.image_size} px, codec {self.config.codec}, {self.accelerator.device.type} in "
+            f"{self.config.image_size} px ({len(self.held_out)} more held out), codec {self.config.codec}, {self.accelerator.device.type} in "
             f"{'fp32' if self.accelerator.mixed_precision == 'no' else self.accelerator.mixed_precision}, "
             f"to {self.folder.path}{start}"
         )
