@@ -136,11 +136,11 @@ class Trainer:
         millions = sum(p.numel() for p in self.model.parameters()) / 1e6
         classes = f" in {len(self.dataset.label_names)} classes" if self.dataset.label_names else ""
         start = f", going on from step {self.step}" if self.step else ""
+        precision = "fp32" if self.accelerator.mixed_precision == "no" else self.accelerator.mixed_precision
         return (
             f"{self.config.model} ({millions:.1f} M parameters) on {len(self.dataset)} pictures{classes} of "
-            f"{self.config.image_size} px ({len(self.held_out)} more held out), codec {self.config.codec}, {self.accelerator.device.type} in "
-            f"{'fp32' if self.accelerator.mixed_precision == 'no' else self.accelerator.mixed_precision}, "
-            f"to {self.folder.path}{start}"
+            f"{self.config.image_size} px ({len(self.held_out)} more held out), codec {self.config.codec}, "
+            f"{self.accelerator.device.type} in {precision}, to {self.folder.path}{start}"
         )
 
     def _check_same_run(self, facts: dict[str, Any]) -> None:
