@@ -102,6 +102,18 @@ def test_callback_sees_every_step() -> None:
     assert seen == [(i, t, shape, shape) for i, t in enumerate((1000, 750, 500, 250))]
 
 
+def test_steps_lead_where_the_call_does() -> None:
+    pipeline = make()
+    noise = pipeline.noise(2, seeded_generators(3, 2))
+    steps = list(pipeline.steps(noise, pipeline.labels("dog", 2), 4, 3.0))
+    images = pipeline(2, "dog", 4, 3.0, seeded_generators(3, 2), output_type="pt").images
+    torch.testing.assert_close(pipeline.codec.decode(steps[-1].x), images, atol=0, rtol=0)
+    assert [step.t for step in steps] == [1.0, 0.75, 0.5, 0.25]
+    torch.testing.assert_close(steps[-1].x0, steps[-1].x)  # the last step of Euler goes to the data it predicts
+    # a step of 1/4 on the straight line from (noise, t = 1) through the data predicted there
+    torch.testing.assert_close(steps[0].x, noise + (steps[0].x0 - noise) / 4)
+
+
 def test_other_sizes() -> None:
     pipeline = make()
     assert pipeline(1, height=24, width=8, output_type="pt").images.shape == (1, 3, 24, 8)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from liquid_diffusion.compile import compile_for_sampling
 from liquid_diffusion.config import GUIDANCE, UserError
 from liquid_diffusion.data.transforms import to_pil
 from liquid_diffusion.models.unet import LiquidUNet
-from liquid_diffusion.sampling import sample_steps, solver_times
+from liquid_diffusion.sampling import SampleStep, sample_steps, solver_times
 
 
 class LiquidDiffusionPipeline(DiffusionPipeline):
@@ -132,25 +132,60 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
         Raises:
             UserError: see `labels`; or a size that is not divisible.
         """
+        labels = self.labels(class_labels, batch_size)
+        x = self.noise(batch_size, generator, height, width)
+        total = len(solver_times(self.scheduler, num_inference_steps))
+        with self.progress_bar(total=total) as bar:
+            for step in self.steps(x, labels, num_inference_steps, guidance_scale):
+                x = step.x
+                bar.update()
+                if callback_on_step_end is not None:
+                    callback_on_step_end(self, step.index, round(1000 * step.t), {"latents": x, "x0": step.x0})
+        images = x if output_type == "latent" else self._output(self.codec.decode(x), output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def noise(
+        self,
+        batch_size: int,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> Tensor:
+        """Where a path starts: standard normal (batch_size, C, height/factor, width/factor), on the model's device.
+
+        Raises:
+            UserError: the size is not divisible by what codec and model need.
+        """
         codec = self.codec
         size = [height or self.config["image_size"], width or self.config["image_size"]]
         multiple = codec.factor * self.unet.downscale
         if any(side % multiple for side in size):
             raise UserError(f"Height and width must be divisible by {multiple}, not {size[0]} x {size[1]}.")
-        labels = self.labels(class_labels, batch_size)
         shape = (batch_size, codec.channels, size[0] // codec.factor, size[1] // codec.factor)
-        x = randn_tensor(shape, generator=generator, device=self._execution_device)
-        times = solver_times(self.scheduler, num_inference_steps, x.device)
+        return randn_tensor(shape, generator=generator, device=self._execution_device)
+
+    def steps(
+        self,
+        noise: Tensor,
+        labels: Tensor | None = None,
+        num_inference_steps: int = 25,
+        guidance_scale: float = GUIDANCE,
+    ) -> Iterator[SampleStep]:
+        """The way from noise to data, one evaluation of the model at a time.
+
+        Args:
+            noise: (B, C, h, w), see `noise`.
+            labels: (B,) int64 as `labels` makes them; None for the null label.
+            num_inference_steps: steps of the solver.
+            guidance_scale: classifier-free guidance where there are classes; 1 is none.
+
+        Yields:
+            A `SampleStep` for each evaluation; its `x` and `x0` are what `codec.decode` makes pictures of.
+        """
+        times = solver_times(self.scheduler, num_inference_steps, noise.device)
         dtype = None if self.unet.dtype == torch.float32 else self.unet.dtype
         velocity = compile_for_sampling(self.unet, times, labels, guidance_scale, dtype)
-        with self.progress_bar(total=len(times)) as bar:
-            for step in sample_steps(velocity, x, self.scheduler, num_inference_steps):
-                x = step.x
-                bar.update()
-                if callback_on_step_end is not None:
-                    callback_on_step_end(self, step.index, round(1000 * step.t), {"latents": x, "x0": step.x0})
-        images = x if output_type == "latent" else self._output(codec.decode(x), output_type)
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return sample_steps(velocity, noise, self.scheduler, num_inference_steps)
 
     @staticmethod
     def _output(images: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
