@@ -89,6 +89,29 @@ def test_own_folder_in_classes(photos: Path, tmp_path: Path, capsys: Capture) ->
     assert run("sample", tmp_path / "run", "--label", "cat", "--n", "2", "--out", tmp_path / "cats.png") == 0
 
 
+def test_pictures_that_are_not_square(photos: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Trained in their own shapes; grids and samples come in the usual one, or as they are wanted."""
+    for path in photos.rglob("*.png"):  # wide, but for two of each class
+        with Image.open(path) as image:
+            size = (30, 60) if path.stem in ("00", "01", "02", "03") else (60, 40)
+            image.resize(size).save(path)
+    out = tmp_path / "run"
+    assert (
+        run("train", *TINY, "--image-size", "32", "--data", photos, "--buckets", "true", "--steps", "2", "--out", out)
+        == 0
+    )
+    assert "pictures in 2 classes of 32 px in 2 shapes" in capsys.readouterr().out
+    with Image.open(out / "samples" / "step-000002.png") as grid:
+        assert grid.height == 2 * 24 * 2 + 2  # 24 x 40, enlarged twice, in two rows
+    for name, wanted, size in (("usual", [], (40, 24)), ("own", ["--width", "16", "--height", "40"], (16, 40))):
+        assert run("sample", out, "--n", "1", "--steps", "2", *wanted, "--out", tmp_path / name) == 0
+        with Image.open(tmp_path / name / "000000.png") as image:
+            assert image.size == size
+    assert run("sample", out, "--n", "4", "--steps", "2", "--nearest", "true", "--out", tmp_path / "near.png") == 0
+    assert run("sample", out, "--width", "20", "--out", tmp_path / "x.png") == 2
+    assert "must be divisible by 8, not 24 x 20" in capsys.readouterr().err
+
+
 def test_datasets(capsys: Capture) -> None:
     assert run("datasets") == 0
     table = capsys.readouterr().out

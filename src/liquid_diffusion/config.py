@@ -50,6 +50,10 @@ class TrainConfig:
     ema_decay: float = _option(0.999, "decay of the averaged weights, reached after its own warm-up")
     label_dropout: float = _option(0.1, "share of labels hidden in training, which makes guidance possible")
     time_sampling: Literal["logit-normal", "uniform"] = _option("logit-normal", "distribution of the training times")
+    crop: Literal["center", "random", "pad"] = _option(
+        "center", "center; random: 0.8 to 1 of the largest crop, from anywhere; or pad: the whole picture on white"
+    )
+    buckets: bool = _option(False, "keep aspect ratios up to 1:2: a few shapes of about image_size^2 pixels")
     val_fraction: float = _option(0.05, "share of the pictures held out: never trained on, for evaluation")
     flip: bool | None = _option(None, "mirror half of the pictures (default: yes, but for emoji)")
     workers: int = _option(2, "processes that read pictures, where they do not fit in memory")
@@ -106,13 +110,16 @@ class SampleConfig:
     guidance: float = _option(GUIDANCE, "classifier-free guidance where there are classes; 1 is none")
     seed: int = _option(0, "picture i has the seed SEED + i")
     batch_size: int = _option(64, "pictures computed at once; it does not change them")
+    height: int | None = _option(None, "in pixels (default: as it was trained)")
+    width: int | None = _option(None, "in pixels (default: as it was trained)")
     out: str = _option("samples.png", "a .png is one grid, anything else a folder of single pictures")
     nearest: bool = _option(False, "put the nearest training picture beside each sample, so that a copy is seen")
 
     def __post_init__(self) -> None:
-        for name in ("n", "steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        for name in ("n", "steps", "batch_size", "height", "width"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, not {value}.")
         if self.solver not in SOLVERS:
             raise UserError(f"There is no solver {self.solver!r}; choose from {', '.join(SOLVERS)}.")
 

@@ -37,12 +37,14 @@ def draw_pictures(pipeline: LiquidDiffusionPipeline, config: SampleConfig) -> Te
                 guidance_scale=config.guidance,
                 generator=seeded_generators(config.seed + start, count),
                 output_type="pt",
+                height=config.height,
+                width=config.width,
             ).images.cpu()
         )
     return torch.cat(batches)
 
 
-def _beside_nearest(pictures: Tensor, run: str, size: int) -> tuple[Image.Image, str]:
+def _beside_nearest(pictures: Tensor, run: str) -> tuple[Image.Image, str]:
     """Rows of samples, each over the row of their nearest training pictures, and the distances in words."""
     settings = Path(run) / "config.yaml"
     if not settings.is_file():
@@ -50,7 +52,11 @@ def _beside_nearest(pictures: Tensor, run: str, size: int) -> tuple[Image.Image,
     config = yaml.safe_load(settings.read_text())
     source = open_source(config["data"])
     chosen, _ = split(source, config["val_fraction"])
-    dataset = PictureDataset(source, size, config["flip"], config["seed"], chosen)
+    height, width = pictures.shape[-2:]
+    crop = "pad" if config.get("crop") == "pad" else "center"
+    dataset = PictureDataset(
+        source, max(height, width), config["flip"], config["seed"], chosen, crop, shapes=[(height, width)]
+    )
     nearest, distances = nearest_pictures(pictures, dataset)
     columns = min(8, len(pictures))
     rows: list[Image.Image] = []
@@ -86,7 +92,7 @@ def generate(run: str, config: SampleConfig) -> str:
     pictures = draw_pictures(pipeline, config)
     words = ""
     if config.nearest:
-        sheet, words = _beside_nearest(pictures, run, pictures.shape[-1])
+        sheet, words = _beside_nearest(pictures, run)
     elif grid:
         sheet = draw_grid(to_pil(pictures), columns=max(1, round(config.n**0.5)))
     try:

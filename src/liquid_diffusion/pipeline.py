@@ -32,7 +32,7 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
         vae: the autoencoder of the latents; None for a model of pixels.
         codec: `Codec.state` of the codec that the model was trained with; None for pixels as they are.
         label_names: names of the classes, None for an unconditional model.
-        image_size: side of the pictures it was trained on.
+        image_size: side of the square pictures it was trained on, or their height and width.
     """
 
     _optional_components = ["vae"]
@@ -48,7 +48,7 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
         vae: AutoencoderKL | AutoencoderTiny | None = None,
         codec: dict[str, Any] | None = None,
         label_names: list[str] | None = None,
-        image_size: int = 32,
+        image_size: int | Sequence[int] = 32,
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
@@ -157,7 +157,9 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
             UserError: the size is not divisible by what codec and model need.
         """
         codec = self.codec
-        size = [height or self.config["image_size"], width or self.config["image_size"]]
+        trained = self.config["image_size"]
+        usual_height, usual_width = (trained, trained) if isinstance(trained, int) else trained
+        size = [height or usual_height, width or usual_width]
         multiple = codec.factor * self.unet.downscale
         if any(side % multiple for side in size):
             raise UserError(f"Height and width must be divisible by {multiple}, not {size[0]} x {size[1]}.")

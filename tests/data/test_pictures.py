@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from liquid_diffusion.config import UserError
 from liquid_diffusion.data import pictures
-from liquid_diffusion.data.pictures import PictureDataset, ShuffledBatches, collate
+from liquid_diffusion.data.pictures import BucketedBatches, PictureDataset, ShuffledBatches, collate
 from liquid_diffusion.data.sources import open_source
 
 
-def take(batches: ShuffledBatches, count: int) -> list[list[tuple[int, int]]]:
+def take(batches: ShuffledBatches | BucketedBatches, count: int) -> list[list[tuple[int, int]]]:
     return list(itertools.islice(iter(batches), count))
 
 
@@ -35,6 +36,71 @@ def test_processes_share_a_batch() -> None:
     parts = [take(ShuffledBatches(10, 4, seed=1, rank=rank, world=2), 6) for rank in range(2)]
     for batch, first, second in zip(whole, *parts, strict=True):
         assert sorted(batch) == sorted(first + second)
+
+
+GROUPS = [[0, 3, 5, 7, 9, 10, 11], [1, 2], [4, 6, 8]]
+
+
+def test_batches_of_one_group_each_in_their_proportions() -> None:
+    """After as many batches as pictures each group had its exact share, and each picture as many turns as the batch."""
+    batches = take(BucketedBatches(GROUPS, 4, seed=1), 24)
+    for batch in batches:
+        assert len(batch) == 4
+        assert sum({index for _, index in batch} <= set(group) for group in GROUPS) == 1
+    for half in (batches[:12], batches[12:]):
+        assert [sum(batch[0][1] in group for batch in half) for group in GROUPS] == [7, 2, 3]
+        turns = [index for batch in half for _, index in batch]
+        assert all(turns.count(index) == 4 for index in range(12))
+    for group in GROUPS:  # and within an epoch of its group, once
+        taken = [key for batch in batches for key in batch if key[1] in group]
+        assert len(set(taken)) == len(taken)
+    assert [batch[0][1] for batch in batches[:12]] != [batch[0][1] for batch in batches[12:]]
+
+
+def test_bucketed_batches_are_functions_of_seed_and_number() -> None:
+    whole = take(BucketedBatches(GROUPS, 4, seed=1), 30)
+    for start in (0, 5, 12, 17, 25):
+        assert take(BucketedBatches(GROUPS, 4, seed=1, start=start), 5) == whole[start : start + 5]
+    assert take(BucketedBatches(GROUPS, 4, seed=2), 30) != whole
+    parts = [take(BucketedBatches(GROUPS, 4, seed=1, rank=rank, world=2), 30) for rank in range(2)]
+    assert [sorted(first + second) for first, second in zip(*parts, strict=True)] == [sorted(b) for b in whole]
+    one = take(BucketedBatches([list(range(10))], 4, seed=1, start=3), 5)
+    assert one == take(ShuffledBatches(10, 4, seed=1, start=3), 5)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_pictures_get_the_nearest_shape(in_memory: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bad picture is left out by its header, or replaced in the shape that its batch has."""
+    for i, size in enumerate([(40, 40), (80, 40), (30, 60), (44, 40), (61, 30)]):
+        Image.effect_noise(size, 50).convert("RGB").save(tmp_path / f"{i}.png")
+    (tmp_path / "5.png").write_bytes(b"no picture")
+    cut = (tmp_path / "1.png").read_bytes()
+    (tmp_path / "1.png").write_bytes(cut[: len(cut) // 2])
+    if not in_memory:
+        monkeypatch.setattr(pictures, "_IN_MEMORY_BYTES", 0)
+    dataset = PictureDataset(open_source(str(tmp_path)), 32, shapes=[(40, 24), (32, 32), (24, 40)])
+    shapes = [tuple(dataset[0, i]["image"].shape[1:]) for i in range(len(dataset))]
+    assert "5.png" in " ".join(dataset.skipped)
+    if in_memory:
+        assert dataset.groups == [((40, 24), [1]), ((32, 32), [0, 2]), ((24, 40), [3])]
+        assert dataset.usual_shape == (32, 32)
+        assert len(dataset.skipped) == 2
+    else:
+        assert dataset.groups == [((40, 24), [2]), ((32, 32), [0, 3]), ((24, 40), [1, 4])]
+        assert "1.png" in dataset.picture(1)["skipped"][0]
+    for shape, indices in dataset.groups:
+        assert all(shapes[i] == shape for i in indices)
+    assert sorted(len(batch) for batch in dataset.spread(10, 1)) == [1] * len(dataset)
+
+
+def test_random_crops_differ_between_epochs_and_come_again(photos: Path) -> None:
+    dataset = PictureDataset(open_source(str(photos)), 32, seed=3, crop="random")
+    assert not dataset.in_memory
+    first, second, again = (dataset[epoch, 5]["image"] for epoch in (0, 1, 0))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, second)
+    middle = PictureDataset(open_source(str(photos)), 32).picture(5)["image"]
+    assert torch.equal(dataset.picture(5)["image"], middle)
 
 
 def test_flips_are_half_and_differ_between_epochs(photos: Path) -> None:

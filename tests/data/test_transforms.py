@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import io
+import random
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from liquid_diffusion.data.transforms import resize_and_crop, to_float, to_pil, to_rgb, to_uint8
+from liquid_diffusion.data.transforms import to_float, to_pil, to_rgb, to_shape, to_uint8
 
 
 def stored(image: Image.Image, kind: str, **options: object) -> Image.Image:
@@ -62,11 +63,42 @@ def test_animation_gives_its_first_frame() -> None:
     assert colour(stored(frames[0], "GIF", save_all=True, append_images=frames[1:])) == (255, 0, 0)
 
 
-def test_the_middle_square_is_taken() -> None:
+def test_the_middle_is_taken() -> None:
     image = Image.new("RGB", (90, 30), "red")
     image.paste("blue", (30, 0, 60, 30))
-    assert set(resize_and_crop(image, 30).get_flattened_data()) == {(0, 0, 255)}
-    assert resize_and_crop(image, 8).size == (8, 8)
+    assert set(to_shape(image, (30, 30)).get_flattened_data()) == {(0, 0, 255)}
+    assert to_shape(image, (8, 8)).size == (8, 8)
+    assert to_shape(image, (8, 16)).size == (16, 8)
+
+
+def test_padding_keeps_the_whole_picture_on_white() -> None:
+    """Every colour of a 4 x 2 picture in its place, with as much white above as below."""
+    image = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(2, 4, 3))
+    padded = np.asarray(to_shape(image, (4, 4), "pad"))
+    assert np.array_equal(padded[1:3], np.asarray(image))
+    assert (padded[[0, 3]] == 255).all()
+
+
+def test_random_crops_are_parts_of_the_picture() -> None:
+    """A picture whose colours are its coordinates tells what was cut out: 0.8 to 1 of the largest, anywhere in it."""
+    height, width = 60, 200
+    y, x = np.mgrid[:height, :width]
+    image = Image.fromarray(np.stack([x, y, 0 * x], -1).astype(np.uint8))
+    sides, lefts = [], []
+    for seed in range(200):
+        cut = np.asarray(to_shape(image, (16, 32), "random", random.Random(seed))).astype(float)
+        step_y, step_x = (cut[-2, 0, 1] - cut[1, 0, 1]) / 13, (cut[0, -2, 0] - cut[0, 1, 0]) / 29
+        assert step_x == pytest.approx(step_y, abs=0.2)  # nothing is stretched
+        sides.append(step_x * 32 / 120)
+        lefts.append(cut[0, 1, 0])
+    assert 0.77 < min(sides) < 0.83
+    assert 0.97 < max(sides) < 1.03
+    assert min(lefts) < 12
+    assert max(lefts) > 85
+    again, other = (to_shape(image, (16, 32), "random", random.Random(seed)) for seed in (199, 198))
+    assert np.array_equal(np.asarray(again), cut)
+    assert not np.array_equal(np.asarray(other), cut)
+    assert to_shape(image, (16, 32), "random") == to_shape(image, (16, 32))  # without draws the middle
 
 
 def test_between_bytes_and_numbers() -> None:

@@ -34,7 +34,14 @@ def state(trainer: Trainer) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("changes", [{}, {"data": "photos", "gradient_accumulation": 2, "precision": "bf16"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"data": "photos", "gradient_accumulation": 2, "precision": "bf16"},
+        {"data": "photos", "crop": "random", "buckets": True, "workers": 1},
+    ],
+)
 def test_n_and_n_steps_equal_2n(quick: Make, photos: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     """To the bit, with a new `Trainer` in between: weights, averages, moments, generator, and the data's order."""
     if "data" in changes:
@@ -231,6 +238,18 @@ def test_another_run_is_not_gone_on_with(quick: Make, photos: Path, changes: dic
         Trainer(quick(**changes))
     after = {path: path.read_bytes() for path in trainer.folder.path.rglob("*") if path.is_file()}
     assert after == before
+
+
+def test_a_run_of_before_an_option_existed_goes_on(quick: Make) -> None:
+    """Its configuration lacks the option, whose default is what the run did."""
+    Trainer(quick()).save()
+    manifest = Path(quick().out or "") / "checkpoints" / "step-000000" / "manifest.json"
+    facts = json.loads(manifest.read_text())
+    del facts["facts"]["config"]["crop"]
+    manifest.write_text(json.dumps(facts))
+    assert Trainer(quick()).step == 0
+    with pytest.raises(UserError, match="was trained with crop center, not pad"):
+        Trainer(quick(crop="pad"))
 
 
 def test_data_that_changed_is_not_gone_on_with(quick: Make, photos: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Iterator, Sequence
 from typing import TypedDict
 
@@ -12,8 +13,9 @@ from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
 from liquid_diffusion.config import UserError
+from liquid_diffusion.data.shapes import nearest_shape, size_of
 from liquid_diffusion.data.sources import BadPictureError, Source
-from liquid_diffusion.data.transforms import resize_and_crop, to_uint8
+from liquid_diffusion.data.transforms import Shape, to_shape, to_uint8
 
 # A set whose sized pictures take less memory than this is decoded once, before training.
 _IN_MEMORY_BYTES = 512 * 2**20
@@ -28,17 +30,20 @@ class Item(TypedDict):
 
 
 class PictureDataset(Dataset[Item]):
-    """Square pictures of a source, asked for as (epoch, index).
+    """Pictures of a source in one shape or a few, asked for as (epoch, index).
 
     A picture that can't be read is replaced by the next one and named in `Item.skipped`. A set that fits in memory is
     decoded when this is made; its bad pictures are left out and named in `skipped`.
 
     Args:
         source: where they come from.
-        image_size: side in pixels.
+        image_size: side of the square pictures, in pixels.
         flip: mirror a picture in half of the epochs, drawn from (seed, epoch, index).
-        seed: see `flip`.
+        seed: see `flip` and `crop`.
         indices: numbers of the pictures in the source that this set consists of; all where nothing is said.
+        crop: center, random or pad, see `to_shape`; random crops are drawn from (seed, epoch, index).
+        shapes: heights and widths in place of the square; of several each picture gets that of the nearest aspect
+            ratio, for which the headers of all pictures are read.
 
     Raises:
         UserError: not one picture can be read.
@@ -51,15 +56,22 @@ class PictureDataset(Dataset[Item]):
         flip: bool = False,
         seed: int = 0,
         indices: Sequence[int] | None = None,
+        crop: str = "center",
+        shapes: Sequence[Shape] | None = None,
     ) -> None:
         self.source = source
         self.image_size = image_size
         self.flip = flip
         self.seed = seed
+        self.crop = crop
+        self.shapes = list(shapes or [(image_size, image_size)])
         self.skipped: list[str] = []
         self.indices = list(range(len(source)) if indices is None else indices)
+        self._shape_of = [0] * len(self.indices)
         self._decoded: list[tuple[Tensor, int]] | None = None
-        if len(self.indices) * 3 * image_size**2 <= _IN_MEMORY_BYTES:
+        if len(self.shapes) > 1:
+            self._choose_shapes()
+        if crop != "random" and len(self.indices) * 3 * image_size**2 <= _IN_MEMORY_BYTES:
             self._decode_all()
 
     @property
@@ -71,34 +83,69 @@ class PictureDataset(Dataset[Item]):
         """Whether all pictures are decoded already."""
         return self._decoded is not None
 
+    @property
+    def groups(self) -> list[tuple[Shape, list[int]]]:
+        """The pictures of each shape by their numbers in this set; the shapes that no picture has are left out."""
+        groups: list[tuple[Shape, list[int]]] = [(shape, []) for shape in self.shapes]
+        for index, shape in enumerate(self._shape_of):
+            groups[shape][1].append(index)
+        return [group for group in groups if group[1]]
+
+    @property
+    def usual_shape(self) -> Shape:
+        """The shape of most pictures."""
+        return max(self.groups, key=lambda group: len(group[1]))[0]
+
     def __len__(self) -> int:
         return len(self.indices)
 
-    def _read(self, index: int) -> tuple[Tensor, int]:
+    def _read(self, index: int, shape: int, draws: random.Random | None = None) -> tuple[Tensor, int]:
         image, label = self.source.read(index)
-        return to_uint8(resize_and_crop(image, self.image_size)), label
+        return to_uint8(to_shape(image, self.shapes[shape], self.crop, draws)), label
+
+    def _keep(self, good: list[tuple[int, int]]) -> None:
+        """Let the set consist of these pictures of the source, with these shapes."""
+        if not good:
+            raise UserError(f"Not one of the {len(self.indices)} pictures can be read; the first: {self.skipped[0]}.")
+        self.indices, self._shape_of = [index for index, _ in good], [shape for _, shape in good]
+
+    def _choose_shapes(self) -> None:
+        good = []
+        for index in tqdm(self.indices, desc="Reading sizes", unit="", leave=False, delay=2):
+            try:
+                content = self.source.content(index)
+                good.append((index, nearest_shape(size_of(content), self.shapes)))
+            except Exception as error:  # a decoder may raise anything
+                named = isinstance(error, BadPictureError)
+                self.skipped.append(str(error) if named else f"{self.source.name(index)}: {error}")
+        self._keep(good)
 
     def _decode_all(self) -> None:
         decoded, good = [], []
-        for index in tqdm(self.indices, desc="Reading pictures", unit="", leave=False, delay=2):
+        chosen = zip(self.indices, self._shape_of, strict=True)
+        for index, shape in tqdm(chosen, "Reading pictures", len(self), unit="", leave=False, delay=2):
             try:
-                decoded.append(self._read(index))
-                good.append(index)
+                decoded.append(self._read(index, shape))
+                good.append((index, shape))
             except BadPictureError as error:
                 self.skipped.append(str(error))
-        if not good:
-            raise UserError(f"Not one of the {len(self.indices)} pictures can be read; the first: {self.skipped[0]}.")
-        self._decoded, self.indices = decoded, good
+        self._keep(good)
+        self._decoded = decoded
 
-    def picture(self, index: int) -> Item:
-        """Picture `index`, never mirrored, or the first readable one after it."""
+    def picture(self, index: int, draws: random.Random | None = None) -> Item:
+        """Picture `index`, never mirrored, or the first readable one after it, in the shape that `index` has.
+
+        Args:
+            index: number in this set.
+            draws: for a random crop; without it the crop is from the middle.
+        """
         if self._decoded is not None:
             image, label = self._decoded[index]
             return {"image": image, "label": label, "skipped": []}
         skipped: list[str] = []
         for step in range(len(self)):
             try:
-                image, label = self._read(self.indices[(index + step) % len(self)])
+                image, label = self._read(self.indices[(index + step) % len(self)], self._shape_of[index], draws)
                 return {"image": image, "label": label, "skipped": skipped}
             except BadPictureError as error:
                 skipped.append(str(error))
@@ -108,22 +155,29 @@ class PictureDataset(Dataset[Item]):
         """`count` pictures at equal distances over the whole set, whose order may mean something.
 
         Yields:
-            (B, 3, H, W) uint8, at most `batch_size` at once.
+            (B, 3, H, W) uint8, at most `batch_size` at once and of one shape.
         """
         count = min(count, len(self))
-        chosen = [i * len(self) // count for i in range(count)]
-        for start in range(0, count, batch_size):
-            yield torch.stack([self.picture(i)["image"] for i in chosen[start : start + batch_size]])
+        spread = {i * len(self) // count for i in range(count)}
+        for _, indices in self.groups:
+            chosen = [i for i in indices if i in spread]
+            for start in range(0, len(chosen), batch_size):
+                yield torch.stack([self.picture(i)["image"] for i in chosen[start : start + batch_size]])
 
     def __getitem__(self, key: tuple[int, int]) -> Item:
         epoch, index = key
-        item = self.picture(index)
-        if self.flip and _hash(self.seed, 1, epoch, index) % 2:
+        item = self.picture(index, random.Random(stable_hash(self.seed, 2, epoch, index)))
+        if is_mirrored(self.flip, self.seed, epoch, index):
             item["image"] = item["image"].flip(-1)
         return item
 
 
-def _hash(*numbers: int) -> int:
+def is_mirrored(flip: bool, seed: int, epoch: int, index: int) -> bool:
+    """Whether picture `index` is mirrored in an epoch, where pictures are mirrored at all."""
+    return flip and stable_hash(seed, 1, epoch, index) % 2 == 1
+
+
+def stable_hash(*numbers: int) -> int:
     """63 bits of some numbers, the same in every process."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
@@ -156,11 +210,52 @@ class ShuffledBatches(Sampler[list[tuple[int, int]]]):
                 if position // self.size != epoch:
                     epoch = position // self.size
                     order = torch.randperm(
-                        self.size, generator=torch.Generator().manual_seed(_hash(self.seed, 0, epoch))
+                        self.size, generator=torch.Generator().manual_seed(stable_hash(self.seed, 0, epoch))
                     )
                 batch.append((epoch, int(order[position % self.size])))
             first += self.batch_size
             yield batch[self.rank :: self.world]
+
+
+class BucketedBatches(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index) without end, each from one group of pictures, which have one shape.
+
+    Batch k comes from the group of the k-th picture in a shuffled order of all, so each group has its share of the
+    batches; within a group, pictures come as in `ShuffledBatches`, each once in an epoch of its group. All is a
+    function of (seed, k). One group alone is `ShuffledBatches` itself.
+
+    Args:
+        groups: numbers of the pictures of each shape.
+        batch_size, seed, start, rank, world: see `ShuffledBatches`.
+    """
+
+    def __init__(
+        self, groups: Sequence[Sequence[int]], batch_size: int, seed: int, start: int = 0, rank: int = 0, world: int = 1
+    ) -> None:
+        self.groups, self.batch_size, self.seed, self.start = groups, batch_size, seed, start
+        self.rank, self.world = rank, world
+        self._group_of = torch.cat([torch.full((len(group),), i) for i, group in enumerate(groups)])
+
+    def _order(self, round_: int) -> list[int]:
+        """The groups of as many batches as there are pictures."""
+        generator = torch.Generator().manual_seed(stable_hash(self.seed, 3, round_))
+        return self._group_of[torch.randperm(len(self._group_of), generator=generator)].tolist()
+
+    def _stream(self, group: int, start: int) -> Iterator[list[tuple[int, int]]]:
+        indices = self.groups[group]
+        for batch in ShuffledBatches(len(indices), self.batch_size, self.seed, start, self.rank, self.world):
+            yield [(epoch, indices[position]) for epoch, position in batch]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        round_, place = divmod(self.start, len(self._group_of))
+        order = self._order(round_)
+        done = [round_ * len(group) + order[:place].count(i) for i, group in enumerate(self.groups)]
+        streams = [self._stream(group, start) for group, start in enumerate(done)]
+        while True:
+            for group in order[place:]:
+                yield next(streams[group])
+            round_, place = round_ + 1, 0
+            order = self._order(round_)
 
 
 def collate(items: list[Item]) -> tuple[Tensor, Tensor, list[str]]:

@@ -1,11 +1,18 @@
-"""One function brings any picture to RGB, one brings it to size; between PIL, uint8 and [-1, 1]."""
+"""One function brings any picture to RGB, one brings it to shape; between PIL, uint8 and [-1, 1]."""
 
 from __future__ import annotations
+
+import random
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+
+Shape = tuple[int, int]  # height and width in pixels
+
+# A random crop is at least this part of the largest possible one in each direction: less would cut subjects in half.
+_LEAST_CROP = 0.8
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -28,9 +35,27 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
-    """The middle square of an RGB picture, `size` x `size`, by Lanczos."""
-    return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+def to_shape(image: Image.Image, shape: Shape, crop: str = "center", draws: random.Random | None = None) -> Image.Image:
+    """An RGB picture of exactly `shape`, by Lanczos.
+
+    Args:
+        image: of any size.
+        shape: height and width.
+        crop: "center" takes the largest part of that aspect ratio from the middle; "random" takes between 0.8 and 1
+            of its sides, from anywhere; "pad" keeps the whole picture and puts it in the middle of white, as
+            transparency is put on white.
+        draws: where "random" takes its numbers from; without it the middle is taken.
+    """
+    height, width = shape
+    if crop == "pad":
+        return ImageOps.pad(image, (width, height), Image.Resampling.LANCZOS, color="white")
+    if crop == "center" or draws is None:
+        return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    largest = min(image.width / width, image.height / height) * draws.uniform(_LEAST_CROP, 1)
+    box_width, box_height = largest * width, largest * height
+    left, top = draws.uniform(0, image.width - box_width), draws.uniform(0, image.height - box_height)
+    box = (left, top, min(left + box_width, image.width), min(top + box_height, image.height))
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
 
 
 def to_uint8(image: Image.Image) -> Tensor:

@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from liquid_diffusion.codecs import AutoencoderCodec, make_codec
 from liquid_diffusion.config import TrainConfig, UserError
-from liquid_diffusion.data.pictures import PictureDataset, ShuffledBatches, collate
+from liquid_diffusion.data.pictures import BucketedBatches, PictureDataset, collate
+from liquid_diffusion.data.shapes import bucket_shapes
 from liquid_diffusion.data.sources import open_source
 from liquid_diffusion.data.split import split
 from liquid_diffusion.data.transforms import to_float
@@ -90,15 +91,16 @@ class Trainer:
 
         self.codec = make_codec(run.codec)
         source = open_source(run.data)
-        chosen, self.held_out = split(source, run.val_fraction)
-        self.dataset = PictureDataset(source, run.image_size, run.flip, run.seed, chosen)
-        self.model = LiquidUNet.from_preset(run.model, self.codec.channels, len(self.dataset.label_names))
+        self.model = LiquidUNet.from_preset(run.model, self.codec.channels, len(source.label_names))
         multiple = self.codec.factor * self.model.downscale
         if run.image_size % multiple:
             raise UserError(
                 f"image_size {run.image_size} can't be divided by {multiple}, which the codec {run.codec} and the "
                 f"model need; the next that can is {(run.image_size // multiple + 1) * multiple}."
             )
+        chosen, self.held_out = split(source, run.val_fraction)
+        shapes = bucket_shapes(run.image_size, multiple) if run.buckets else None
+        self.dataset = PictureDataset(source, run.image_size, run.flip, run.seed, chosen, run.crop, shapes)
         self.model.to(memory_format=torch.channels_last)
         if run.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
@@ -133,23 +135,24 @@ class Trainer:
 
     def summary(self) -> str:
         """What is about to be trained, in one line."""
+        shapes = f" in {len(self.dataset.groups)} shapes" if self.config.buckets else ""
         millions = sum(p.numel() for p in self.model.parameters()) / 1e6
         classes = f" in {len(self.dataset.label_names)} classes" if self.dataset.label_names else ""
         start = f", going on from step {self.step}" if self.step else ""
         precision = "fp32" if self.accelerator.mixed_precision == "no" else self.accelerator.mixed_precision
         return (
             f"{self.config.model} ({millions:.1f} M parameters) on {len(self.dataset)} pictures{classes} of "
-            f"{self.config.image_size} px ({len(self.held_out)} more held out), codec {self.config.codec}, "
+            f"{self.config.image_size} px{shapes} ({len(self.held_out)} more held out), codec {self.config.codec}, "
             f"{self.accelerator.device.type} in {precision}, to {self.folder.path}{start}"
         )
 
     def _check_same_run(self, facts: dict[str, Any]) -> None:
-        before = facts["config"]
+        before = {field.name: field.default for field in fields(TrainConfig)} | facts["config"]  # it may be older
         for name, value in asdict(self.config).items():
-            if name not in _FREE and before.get(name) != value:
+            if name not in _FREE and before[name] != value:
                 raise UserError(
-                    f"{self.folder.path} was trained with {name} {before.get(name)}, not {value}; "
-                    f"say --{name.replace('_', '-')} {before.get(name)} to go on with it, or choose another --out."
+                    f"{self.folder.path} was trained with {name} {before[name]}, not {value}; "
+                    f"say --{name.replace('_', '-')} {before[name]} to go on with it, or choose another --out."
                 )
         for name, value in self._machine().items():
             if facts["machine"][name] != value:
@@ -221,13 +224,14 @@ class Trainer:
 
     def pipeline(self) -> LiquidDiffusionPipeline:
         """A pipeline of the model as it is now, sharing its weights."""
+        height, width = self.dataset.usual_shape
         pipeline = LiquidDiffusionPipeline(
             unet=self.model,
             scheduler=make_scheduler(),
             vae=self.codec.vae if isinstance(self.codec, AutoencoderCodec) else None,
             codec=self.codec.state(),
             label_names=self.dataset.label_names,
-            image_size=self.config.image_size,
+            image_size=height if height == width else [height, width],
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
@@ -236,8 +240,8 @@ class Trainer:
 
     def _loader(self) -> DataLoader:
         world, in_memory = self.accelerator.num_processes, self.dataset.in_memory
-        batches = ShuffledBatches(
-            len(self.dataset),
+        batches = BucketedBatches(
+            [indices for _, indices in self.dataset.groups],
             self.config.batch_size * world,
             self.config.seed,
             start=self.step,

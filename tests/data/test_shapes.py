@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from liquid_diffusion.data.shapes import bucket_shapes, nearest_shape, size_of
+
+
+@pytest.mark.parametrize(("side", "multiple", "count"), [(256, 32, 5), (512, 32, 9), (64, 8, 5), (32, 32, 1)])
+def test_shapes_of_about_equal_area(side: int, multiple: int, count: int) -> None:
+    shapes = bucket_shapes(side, multiple)
+    assert len(shapes) == count
+    assert (side, side) in shapes
+    for height, width in shapes:
+        assert height % multiple == width % multiple == 0
+        assert 0.5 <= width / height <= 2
+        assert abs(height * width - side**2) <= multiple / 2 * max(height, width)  # the rounding of one side
+        assert (width, height) in shapes
+
+
+def test_nearest_shape_crops_least() -> None:
+    """The chosen shape is the one that keeps most of the picture, computed from areas and not from ratios."""
+    shapes = bucket_shapes(256, 32)
+    draws = np.random.default_rng(0)
+    for width, height in draws.integers(100, 1000, (200, 2)):
+        kept = [min(width / w, height / h) ** 2 * w * h for h, w in shapes]
+        assert kept[nearest_shape((width, height), shapes)] == pytest.approx(max(kept))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_size_is_that_of_the_turned_picture(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = io.BytesIO()
+    Image.new("RGB", (6, 2)).save(stored, "JPEG", exif=exif)
+    with Image.open(stored) as image:
+        assert size_of(stored.getvalue()) == ImageOps.exif_transpose(image).size
+
+
+def test_only_the_header_is_needed() -> None:
+    stored = io.BytesIO()
+    Image.effect_noise((300, 200), 50).save(stored, "PNG")
+    assert size_of(stored.getvalue()[:1000]) == (300, 200)
