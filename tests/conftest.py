@@ -1,15 +1,22 @@
 from __future__ import annotations
 
+import atexit
 import os
 import tempfile
 
-# Before anything is imported that reads them: the suite means the CPU, whatever the machine has, and a Hub that nobody
-# answers for, so that a test of "no network" tests that everywhere and nothing is ever downloaded.
-os.environ["ACCELERATE_USE_CPU"] = "true"
-os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"
-os.environ["HF_HOME"] = tempfile.mkdtemp()
+from little_hub import LittleHub, reserve_port
 
-from collections.abc import Callable
+# Before anything is imported that reads them: the suite means the CPU, whatever the machine has, and a Hub that nobody
+# answers for but the fixture `little_hub`, so that "no network" is tested everywhere and nothing is ever downloaded.
+_PORT = reserve_port()
+atexit.register(_PORT.close)
+os.environ["ACCELERATE_USE_CPU"] = "true"
+os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{_PORT.getsockname()[1]}"
+os.environ["HF_HOME"] = tempfile.mkdtemp()
+os.environ["HF_HUB_DISABLE_XET"] = "1"  # a protocol of its own, which the little Hub does not speak
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +66,43 @@ def quick(tmp_path: Path) -> Callable[..., TrainConfig]:
         return TrainConfig(**{**settings, **changes})
 
     return make
+
+
+@pytest.fixture
+def little_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LittleHub]:
+    """A Hub that HF_ENDPOINT leads to, empty, with somebody logged in, and empty caches; processes that are started
+    from here have them too.
+    """
+    import datasets.config
+    from huggingface_hub import HfFileSystem, constants
+
+    HfFileSystem.clear_instance_cache()  # it remembers the folders of the test before
+    for module, name in ((constants, "HF_HUB_CACHE"), (datasets.config, "HF_DATASETS_CACHE")):
+        monkeypatch.setattr(module, name, str(tmp_path / name.lower()))
+        monkeypatch.setenv(name, str(tmp_path / name.lower()))
+    monkeypatch.setenv("HF_TOKEN", "hf_anything")
+    with LittleHub(tmp_path / "hub") as hub:
+        yield hub
+
+
+@pytest.fixture(scope="session")
+def sd_vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The exact architecture of the SD-VAE with random weights, saved in half precision to spare the disk.
+
+    `(hub.repo("stabilityai", "models") / "sd-vae-ft-mse").symlink_to(sd_vae_folder)` serves it.
+    """
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=[128, 256, 512, 512],
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        latent_channels=4,
+        layers_per_block=2,
+        norm_num_groups=32,
+        sample_size=256,
+    )
+    folder = tmp_path_factory.mktemp("sd-vae-ft-mse")
+    vae.half().save_pretrained(folder)
+    return folder
