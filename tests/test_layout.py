@@ -15,6 +15,7 @@ SOURCE = Path(liquid_diffusion.__file__).parent
 FLOORS = {
     "": 0,
     "config": 0,
+    "bundle": 0,
     "presets": 0,
     "codecs": 0,
     "flow": 0,

@@ -11,10 +11,17 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from diffusers import (
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
 from torch import Tensor
 
 from liquid_diffusion.config import SOLVERS, UserError
-from liquid_diffusion.sampling import guide, make_scheduler, sample_steps, seeded_generators, solver_times
+from liquid_diffusion.sampling import for_flow, guide, make_scheduler, sample_steps, seeded_generators, solver_times
 
 MEAN, DEVIATION = 0.7, 0.3
 
@@ -47,6 +54,45 @@ def test_order_of_convergence(solver: str, order: int, noise: Tensor) -> None:
     steps = np.array([8, 16, 32, 64])
     slope = np.polyfit(np.log(steps), [np.log(error(solver, int(n), noise)) for n in steps], 1)[0]
     assert -slope == pytest.approx(order, abs=0.25)
+
+
+@pytest.mark.parametrize("kind", [UniPCMultistepScheduler, DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler])
+def test_order_of_the_multistep_schedulers(kind: type[SchedulerMixin], noise: Tensor) -> None:
+    """Made of Euler's configuration they are of second order, from the time near 1 at which they begin; a corrector as
+    UniPC's can add one."""
+    scheduler = for_flow(kind.from_config(make_scheduler("euler").config))
+    steps = np.array([64, 128, 256, 512])
+    errors = []
+    for n in steps:
+        t = solver_times(scheduler, int(n))[0]
+        start = (1 - t) * MEAN + ((1 - t) ** 2 * DEVIATION**2 + t**2) ** 0.5 * noise
+        *_, last = sample_steps(exact_velocity, start, scheduler, int(n))
+        errors.append((last.x - (MEAN + DEVIATION * noise)).square().mean().sqrt().item())
+    assert 1.6 < -np.polyfit(np.log(steps), np.log(errors), 1)[0] < 3
+
+
+def test_schedulers_set_up_for_the_flow() -> None:
+    euler = make_scheduler("euler")
+    assert for_flow(euler) is euler
+    shifted = UniPCMultistepScheduler.from_config(
+        euler.config, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    )
+    assert for_flow(shifted) is shifted  # who set a flow up has it as it is
+    noise_predictor = DPMSolverMultistepScheduler(solver_order=3, algorithm_type="dpmsolver++")
+    assert noise_predictor.config["prediction_type"] == "epsilon"
+    ours = for_flow(noise_predictor)
+    assert (ours.config["prediction_type"], ours.config["flow_shift"]) == ("flow_prediction", 1.0)
+    assert ours.config["solver_order"] == 3
+    with pytest.raises(UserError, match="DDPMScheduler integrates no rectified flow; take Flow"):
+        for_flow(DDPMScheduler())
+
+
+def test_what_is_sent_takes_the_place_of_the_state(noise: Tensor) -> None:
+    walk = sample_steps(exact_velocity, noise, make_scheduler("euler"), 2)
+    first = walk.send(None)
+    second = walk.send(first.x + 1)
+    v = exact_velocity(first.x + 1, torch.full((2,), 0.5))
+    torch.testing.assert_close(second.x, first.x + 1 - 0.5 * v)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

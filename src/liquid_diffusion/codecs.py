@@ -141,7 +141,10 @@ class AutoencoderCodec(_Normalised):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        z = self._denormalise(latents.float()).to(self.vae.device, self.vae.dtype)
+        hook = getattr(self.vae, "_hf_hook", None)  # of an offloaded one: it computes elsewhere than it lies
+        device = self.vae.device if hook is None else hook.execution_device
+        z = self._denormalise(latents.float()).to(device, self.vae.dtype)
+        slicing = self.vae.use_slicing
         self.vae.enable_slicing()  # a grid of 72 pictures at once would take 13 GB at 256 px
         try:
             with torch.autocast(z.device.type, enabled=False):
@@ -151,7 +154,7 @@ class AutoencoderCodec(_Normalised):
                     self.vae.enable_tiling()
                     images = self.vae.decode(z).sample
         finally:
-            self.vae.disable_slicing()  # encoding takes whole batches
+            self.vae.use_slicing = slicing  # encoding takes whole batches, if nobody wants otherwise
         return images.float().clamp(-1, 1)
 
     def _decode(self, z: Tensor) -> Tensor | None:

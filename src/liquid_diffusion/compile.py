@@ -18,6 +18,7 @@ Shapes: B batch, C channels, H W height and width, T width of the condition embe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +27,11 @@ from torch import Tensor, nn
 from liquid_diffusion.hardware import fastest_dtype
 from liquid_diffusion.models.depthwise import merge_kernels
 from liquid_diffusion.models.layers import channel_norm
-from liquid_diffusion.models.liquid import LiquidBlock
-from liquid_diffusion.models.unet import LiquidUNet
 from liquid_diffusion.sampling import Velocity
+
+if TYPE_CHECKING:  # of a bundled pipeline the model's classes are in another file
+    from liquid_diffusion.models.liquid import LiquidBlock
+    from liquid_diffusion.models.unet import LiquidUNet
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "swish": F.silu}
 
@@ -142,11 +145,7 @@ class CompiledVelocity:
             conditions = model.condition(t.repeat_interleave(len(unique)), unique.repeat(len(t)))
 
         def blocks(stage: nn.Module) -> list[_FoldedBlock]:
-            folded = []
-            for block in stage.children():
-                assert isinstance(block, LiquidBlock)
-                folded.append(_FoldedBlock(block, conditions, dtype))
-            return folded
+            return [_FoldedBlock(cast("LiquidBlock", block), conditions, dtype) for block in stage.children()]
 
         def convolutions(layers: nn.Module) -> list[_Convolution]:
             return [_Convolution.of(layer, dtype) for layer in layers.children() if isinstance(layer, nn.Conv2d)]

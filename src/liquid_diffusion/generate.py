@@ -41,7 +41,7 @@ def draw_pictures(pipeline: LiquidDiffusionPipeline, config: SampleConfig) -> Te
                 width=config.width,
             ).images.cpu()
         )
-    return torch.cat(batches)
+    return 2 * torch.cat(batches) - 1
 
 
 def _beside_nearest(pictures: Tensor, run: str) -> tuple[Image.Image, str]:

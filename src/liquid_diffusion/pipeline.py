@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import importlib
+import json
+import math
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline, ImagePipelineOutput, SchedulerMixin
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DiffusionPipeline,
+    ImagePipelineOutput,
+    ModelMixin,
+    SchedulerMixin,
+)
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from PIL import Image
 from safetensors import SafetensorError
@@ -19,15 +30,32 @@ from liquid_diffusion.codecs import AutoencoderCodec, Codec, PixelCodec
 from liquid_diffusion.compile import compile_for_sampling
 from liquid_diffusion.config import GUIDANCE, UserError
 from liquid_diffusion.data.transforms import to_pil
-from liquid_diffusion.models.unet import LiquidUNet
-from liquid_diffusion.sampling import SampleStep, sample_steps, solver_times
+from liquid_diffusion.sampling import SampleStep, Velocity, for_flow, guide, sample_steps, solver_times
+
+if TYPE_CHECKING:  # the class is named, not imported, so that a bundle of the pipeline has no second one
+    from liquid_diffusion.models.unet import LiquidUNet
+
+_OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+_MODEL_FILE = "modeling_liquid_unet"
+_INDEX = "model_index.json"
+
+
+def _standalone(cls: type) -> str:
+    """A file that defines a class without this package; a class that comes from such a file has it with it."""
+    if "__bundle__" in vars(cls):
+        return str(vars(cls)["__bundle__"])
+    # by name: diffusers looks through remote code for imports, and would ask everybody to install the package
+    return str(importlib.import_module("liquid_diffusion.bundle").bundle(cls))
 
 
 class LiquidDiffusionPipeline(DiffusionPipeline):
     """Pictures from a `LiquidUNet`.
 
+    `save_pretrained` and `push_to_hub` write the code beside the weights, so that
+    ``DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`` loads it where this package is not.
+
     Args:
-        unet: the velocity field.
+        unet: the velocity field, a `LiquidUNet`.
         scheduler: any of diffusers' flow schedulers.
         vae: the autoencoder of the latents; None for a model of pixels.
         codec: `Codec.state` of the codec that the model was trained with; None for pixels as they are.
@@ -36,6 +64,7 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
     """
 
     _optional_components = ["vae"]
+    _callback_tensor_inputs = ["latents", "x0"]
     model_cpu_offload_seq = "unet->vae"
     unet: LiquidUNet
     scheduler: SchedulerMixin
@@ -43,7 +72,7 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        unet: LiquidUNet,
+        unet: ModelMixin,
         scheduler: SchedulerMixin,
         vae: AutoencoderKL | AutoencoderTiny | None = None,
         codec: dict[str, Any] | None = None,
@@ -54,6 +83,82 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
         codec = dict(codec or PixelCodec().state())
         self.register_to_config(codec=codec, label_names=list(label_names or []), image_size=image_size)
+        self._interrupt = False
+
+    # ---- saving and loading
+
+    def save_config(self, save_directory: str, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write model_index.json, and the code that a program without this package needs."""
+        super().save_config(save_directory)
+        folder = Path(save_directory)
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        index.pop("_name_or_path", None)  # where it was loaded from is nobody's business
+        index |= {"_class_name": ["pipeline", type(self).__name__], "unet": [_MODEL_FILE, type(self.unet).__name__]}
+        (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (folder / "pipeline.py").write_text(_standalone(type(self)), encoding="utf-8")
+        (folder / "unet").mkdir(exist_ok=True)
+        (folder / "unet" / f"{_MODEL_FILE}.py").write_text(_standalone(type(self.unet)), encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> LiquidDiffusionPipeline:
+        """A pipeline folder or Hub id, with the classes of this package: no code that lies there is run or fetched.
+
+        Args:
+            pretrained_model_name_or_path: a folder of `save_pretrained`, or a Hub id.
+            kwargs: as of diffusers' `DiffusionPipeline.from_pretrained`.
+
+        Raises:
+            UserError: it is no pipeline of this package.
+        """
+        source = str(pretrained_model_name_or_path)
+        if "__bundle__" not in vars(cls):  # the class in a bundle knows no model's class, and is loaded with trust
+            if not Path(source).is_dir():
+                of_the_hub = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+                wanted = {name: kwargs.pop(name) for name in of_the_hub if name in kwargs}
+                source = snapshot_download(source, allow_patterns=["*.json", "*.safetensors"], **wanted)
+            kwargs = {"use_safetensors": True, **kwargs, "trust_remote_code": False}
+        return super().from_pretrained(source, **kwargs)
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> Any:
+        """model_index.json with the classes of this package in place of those of the code beside it.
+
+        Raises:
+            UserError: it is no pipeline of this package, or names classes that are not diffusers'.
+        """
+        index = super().load_config(pretrained_model_name_or_path, **kwargs)
+        if "__bundle__" in vars(cls):
+            return index
+        name, unet = index.get("_class_name"), index.get("unet") or [None, None]
+        if cls.__name__ not in (name, *(name if isinstance(name, list) else ())) or unet[1] != "LiquidUNet":
+            raise UserError(f"{pretrained_model_name_or_path} is no pipeline of liquid-diffusion, but a {name}.")
+        for part in ("scheduler", "vae"):
+            library, kind = index.get(part) or [None, None]
+            if library not in ("diffusers", None):
+                raise UserError(f"The {part} of {pretrained_model_name_or_path} is no part of diffusers: {kind}.")
+        return {**index, "_class_name": cls.__name__, "unet": ["liquid_diffusion.models.unet", "LiquidUNet"]}
+
+    # ---- parts
+
+    def enable_vae_slicing(self) -> None:
+        """Encode picture by picture too, to save memory; decoding always does. Nothing to do for pixels."""
+        if self.vae is not None:
+            self.vae.enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        """Encode whole batches again."""
+        if self.vae is not None:
+            self.vae.disable_slicing()
+
+    def enable_vae_tiling(self) -> None:
+        """Decode large pictures in overlapping tiles, to save memory. Nothing to do for pixels."""
+        if self.vae is not None:
+            self.vae.enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        """Decode whole pictures again."""
+        if self.vae is not None:
+            self.vae.disable_tiling()
 
     @property
     def codec(self) -> Codec:
@@ -98,6 +203,29 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
                 raise UserError(f"There is no class {label!r}; the model knows {', '.join(names)}.")
         return torch.tensor(numbers, device=self._execution_device)
 
+    def _check(
+        self,
+        batch_size: int,
+        steps: int,
+        guidance_scale: float,
+        generator: torch.Generator | list[torch.Generator] | None,
+        output_type: str,
+        callback_inputs: Sequence[str],
+    ) -> None:
+        """What can be said before the work begins, and is not said by `labels`, `noise` and the scheduler."""
+        for name, value in (("batch_size", batch_size), ("num_inference_steps", steps)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UserError(f"{name} must be a whole number of at least 1, not {value!r}.")
+        if not math.isfinite(guidance_scale):
+            raise UserError(f"guidance_scale must be a number, not {guidance_scale}.")
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise UserError(f"{len(generator)} generators were given for {batch_size} pictures.")
+        if output_type not in _OUTPUT_TYPES:
+            raise UserError(f"output_type must be {', '.join(_OUTPUT_TYPES[:-1])} or latent, not {output_type!r}.")
+        for name in callback_inputs:
+            if name not in self._callback_tensor_inputs:
+                raise UserError(f"A callback can see {' and '.join(self._callback_tensor_inputs)}, not {name!r}.")
+
     @torch.no_grad()
     def __call__(
         self,
@@ -111,6 +239,7 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
         callback_on_step_end: Callable[[Any, int, int, dict[str, Tensor]], dict[str, Tensor] | None] | None = None,
         height: int | None = None,
         width: int | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents", "x0"),
     ) -> Any:
         """Draw pictures.
 
@@ -120,28 +249,44 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
             num_inference_steps: steps of the solver.
             guidance_scale: classifier-free guidance where there are classes; 1 is none.
             generator: one generator, or one for each picture: then a picture does not depend on the others.
-            output_type: "pil"; "np" (B, H, W, 3) in [0, 1]; "pt" (B, 3, H, W) in [-1, 1]; or "latent".
+            output_type: "pil"; "np" (B, H, W, 3) or "pt" (B, 3, H, W), both in [0, 1]; or "latent".
             return_dict: False for a tuple.
-            callback_on_step_end: called as callback(pipeline, index, timestep, {"latents", "x0"}) after each
-                evaluation of the model.
+            callback_on_step_end: called as callback(pipeline, index, timestep, tensors) after each evaluation of the
+                model. "latents" in what it returns take the place of the state; ``pipeline._interrupt = True`` makes
+                this step the last.
             height, width: in pixels, divisible by the codec's factor times the model's; None is the trained size.
+            callback_on_step_end_tensor_inputs: which tensors it sees, of "latents", the state, and "x0", the data
+                that the step predicted.
 
         Returns:
             `ImagePipelineOutput` with `images`, or a tuple of it.
 
         Raises:
-            UserError: see `labels`; or a size that is not divisible.
+            UserError: an argument that can't be, in one sentence; see also `labels` and `sampling.for_flow`.
         """
+        self._check(
+            batch_size, num_inference_steps, guidance_scale, generator, output_type, callback_on_step_end_tensor_inputs
+        )
         labels = self.labels(class_labels, batch_size)
         x = self.noise(batch_size, generator, height, width)
-        total = len(solver_times(self.scheduler, num_inference_steps))
+        total = len(self._times(num_inference_steps, "cpu"))
+        walk = self.steps(x, labels, num_inference_steps, guidance_scale)
+        self._interrupt, replaced = False, None
         with self.progress_bar(total=total) as bar:
-            for step in self.steps(x, labels, num_inference_steps, guidance_scale):
+            for _ in range(total):
+                step = walk.send(replaced)
                 x = step.x
                 bar.update()
                 if callback_on_step_end is not None:
-                    callback_on_step_end(self, step.index, round(1000 * step.t), {"latents": x, "x0": step.x0})
+                    tensors = {"latents": x, "x0": step.x0}
+                    seen = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    returned = callback_on_step_end(self, step.index, round(1000 * step.t), seen)
+                    replaced = (returned or {}).get("latents")
+                    x = x if replaced is None else replaced
+                if self._interrupt:
+                    break
         images = x if output_type == "latent" else self._output(self.codec.decode(x), output_type)
+        self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def noise(
@@ -159,9 +304,9 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
         codec = self.codec
         trained = self.config["image_size"]
         usual_height, usual_width = (trained, trained) if isinstance(trained, int) else trained
-        size = [height or usual_height, width or usual_width]
+        size = [usual_height if height is None else height, usual_width if width is None else width]
         multiple = codec.factor * self.unet.downscale
-        if any(side % multiple for side in size):
+        if min(size) < 1 or any(side % multiple for side in size):
             raise UserError(f"Height and width must be divisible by {multiple}, not {size[0]} x {size[1]}.")
         shape = (batch_size, codec.channels, size[0] // codec.factor, size[1] // codec.factor)
         return randn_tensor(shape, generator=generator, device=self._execution_device)
@@ -172,7 +317,7 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
         labels: Tensor | None = None,
         num_inference_steps: int = 25,
         guidance_scale: float = GUIDANCE,
-    ) -> Iterator[SampleStep]:
+    ) -> Generator[SampleStep, Tensor | None, None]:
         """The way from noise to data, one evaluation of the model at a time.
 
         Args:
@@ -182,22 +327,31 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
             guidance_scale: classifier-free guidance where there are classes; 1 is none.
 
         Yields:
-            A `SampleStep` for each evaluation; its `x` and `x0` are what `codec.decode` makes pictures of.
+            A `SampleStep` for each evaluation; its `x` and `x0` are what `codec.decode` makes pictures of. What is
+            sent back, if anything, takes the place of `x`.
         """
-        times = solver_times(self.scheduler, num_inference_steps, noise.device)
-        dtype = None if self.unet.dtype == torch.float32 else self.unet.dtype
-        velocity = compile_for_sampling(self.unet, times, labels, guidance_scale, dtype)
+        times = self._times(num_inference_steps, noise.device)
+        velocity = self._velocity(times, labels, guidance_scale)
         return sample_steps(velocity, noise, self.scheduler, num_inference_steps)
+
+    def _times(self, steps: int, device: torch.device | str) -> list[float]:
+        """When the solver will ask; one that does not integrate flows is set right first."""
+        self.scheduler = for_flow(self.scheduler)
+        return solver_times(self.scheduler, steps, device)
+
+    def _velocity(self, times: list[float], labels: Tensor | None, guidance: float) -> Velocity:
+        if hasattr(self.unet, "_hf_hook"):  # offloaded weights are on the device only while the model is called
+            return guide(self.unet, labels, self.unet.config["num_classes"], guidance)
+        dtype = None if self.unet.dtype == torch.float32 else self.unet.dtype
+        return compile_for_sampling(self.unet, times, labels, guidance, dtype)
 
     @staticmethod
     def _output(images: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
-        if output_type == "pt":
-            return images
-        if output_type == "np":
-            return ((images + 1) / 2).permute(0, 2, 3, 1).cpu().numpy()
+        """Decoded pictures (B, 3, H, W) in [-1, 1] as the caller wants them."""
         if output_type == "pil":
             return to_pil(images)
-        raise ValueError(f"output_type must be pil, np, pt or latent, not {output_type!r}")
+        images = (images + 1) / 2
+        return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def load_pipeline(run: str) -> LiquidDiffusionPipeline:

@@ -5,7 +5,8 @@ Any callable v(x, t) can be sampled, x (B, C, H, W), t (B,) in [0, 1]; the model
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +58,29 @@ def make_scheduler(solver: str = "euler") -> SchedulerMixin:
     if solver == "dpm++":
         return DPMSolverMultistepScheduler(**_MULTISTEP)
     raise UserError(f"There is no solver {solver!r}; choose from {', '.join(SOLVERS)}.")
+
+
+def for_flow(scheduler: SchedulerMixin) -> SchedulerMixin:
+    """The scheduler itself if it integrates a flow, or one of its kind that does.
+
+    Made by ``X.from_config(other.config)`` the multistep schedulers predict noise along another path, because the
+    configuration of a flow scheduler does not speak of what only they have to be told.
+
+    Raises:
+        UserError: there is no flow in it.
+    """
+    kind, config = type(scheduler), scheduler.config
+    known = inspect.signature(kind).parameters
+    if "use_flow_sigmas" in known:
+        if config["use_flow_sigmas"] and config["prediction_type"] == "flow_prediction":
+            return scheduler
+        return kind(**{**{name: config[name] for name in known if name in config}, **_MULTISTEP})
+    if kind.__name__.startswith("FlowMatch"):
+        return scheduler
+    raise UserError(
+        f"{kind.__name__} integrates no rectified flow; take FlowMatchEulerDiscreteScheduler, "
+        "FlowMatchHeunDiscreteScheduler, UniPCMultistepScheduler or DPMSolverMultistepScheduler."
+    )
 
 
 def seeded_generators(seed: int, count: int) -> list[torch.Generator]:
@@ -114,7 +138,9 @@ def solver_times(scheduler: SchedulerMixin, steps: int, device: torch.device | s
 
 
 @torch.no_grad()
-def sample_steps(velocity: Velocity, noise: Tensor, scheduler: SchedulerMixin, steps: int = 25) -> Iterator[SampleStep]:
+def sample_steps(
+    velocity: Velocity, noise: Tensor, scheduler: SchedulerMixin, steps: int = 25
+) -> Generator[SampleStep, Tensor | None, None]:
     """Integrate from noise at t = 1 to data at t = 0, yielding after every evaluation of the velocity.
 
     Args:
@@ -124,7 +150,8 @@ def sample_steps(velocity: Velocity, noise: Tensor, scheduler: SchedulerMixin, s
         steps: steps of the solver; heun evaluates 2 steps - 1 times, the others once a step.
 
     Yields:
-        A `SampleStep` for each evaluation; the last one's `x` is the sample.
+        A `SampleStep` for each evaluation; the last one's `x` is the sample. What is sent back, if anything, takes
+        the place of `x`.
     """
     schedule = solver_times(scheduler, steps, noise.device)
     x, total = noise, len(schedule)
@@ -133,4 +160,5 @@ def sample_steps(velocity: Velocity, noise: Tensor, scheduler: SchedulerMixin, s
         v = velocity(x, times).to(x.dtype)
         x0 = predicted_data(x, v, times)
         x = scheduler.step(v, timestep, x, return_dict=False)[0]
-        yield SampleStep(index, total, t, x, x0)
+        replaced = yield SampleStep(index, total, t, x, x0)
+        x = x if replaced is None else replaced

@@ -83,7 +83,13 @@ class LiquidUNet(ModelMixin, ConfigMixin):
             UserError: there is none of that name.
         """
         shape = preset(name)
-        return cls(in_channels, num_classes, widths=shape.widths, depths=shape.depths, ratio=shape.ratio)
+        return cls(  # by name: `from_config` takes what was given by place for a default that it may forget
+            in_channels=in_channels,
+            num_classes=num_classes,
+            widths=shape.widths,
+            depths=shape.depths,
+            ratio=shape.ratio,
+        )
 
     def reset_parameters(self) -> None:
         """Every block starts as the identity and the prediction at zero; see `ParallelCfC.reset_parameters`."""
