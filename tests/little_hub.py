@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 KINDS = ("models", "datasets", "spaces")
 USER = "somebody"
 # what the real Hub keeps in its large file storage is told from the rest by the ending
@@ -381,7 +383,9 @@ class _Handler(BaseHTTPRequestHandler):
             files = self.little_hub.files(kind, identifier)
             facts = {"id": identifier, "sha": commit, "private": False, "gated": False, "disabled": False, "tags": []}
             siblings = [{"rfilename": name} for name in files]
-            raise _Answer(200, {**facts, "downloads": 0, "likes": 0, "_id": "0", "siblings": siblings})
+            card = yaml.safe_load(files["README.md"].read_text().split("---")[1]) if "README.md" in files else None
+            more = {"downloads": 0, "likes": 0, "_id": "0", "siblings": siblings, "cardData": card}
+            raise _Answer(200, {**facts, **more})
         if call == "refs":
             main = {"name": "main", "ref": "refs/heads/main", "targetCommit": commit}
             raise _Answer(200, {"branches": [main], "converts": [], "tags": []})

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import io
-import re
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from PIL import Image
 
 from liquid_diffusion.config import UserError
+from liquid_diffusion.data.registry import find_facts
 from liquid_diffusion.data.transforms import to_rgb
 
 PICTURE_ENDINGS = frozenset(
@@ -27,9 +27,11 @@ class Source(Protocol):
 
     Attributes:
         label_names: names of the classes, empty where there are none.
+        unique: whether copies of a picture are to be left out, see `split`.
     """
 
     label_names: list[str]
+    unique: bool
 
     def __len__(self) -> int: ...
 
@@ -51,12 +53,26 @@ class Source(Protocol):
         """
 
 
+def classes_of(paths: Sequence[tuple[str, ...]]) -> tuple[list[str], list[int]]:
+    """Classes of pictures by the first folder on their paths: names, and the number of each picture's.
+
+    No names where one picture lies in no folder, or all in the same.
+    """
+    names = sorted({parts[0] for parts in paths}) if all(len(parts) > 1 for parts in paths) else []
+    if len(names) < 2:
+        return [], [0] * len(paths)
+    numbers = {name: number for number, name in enumerate(names)}
+    return names, [numbers[parts[0]] for parts in paths]
+
+
 class FolderSource:
     """All pictures in a folder, recursively; where each lies in a folder of its own class, these are the labels.
 
     Raises:
         UserError: the folder does not exist or has no pictures.
     """
+
+    unique = False
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
@@ -65,11 +81,7 @@ class FolderSource:
         self.paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURE_ENDINGS and p.is_file())
         if not self.paths:
             raise UserError(f"There are no pictures in {folder}.")
-        parts = [path.relative_to(folder).parts for path in self.paths]
-        in_classes = all(len(part) > 1 for part in parts)
-        names = sorted({part[0] for part in parts}) if in_classes else []
-        self.label_names: list[str] = names if len(names) > 1 else []
-        self._labels = [names.index(part[0]) if self.label_names else 0 for part in parts]
+        self.label_names, self._labels = classes_of([path.relative_to(folder).parts for path in self.paths])
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -115,90 +127,31 @@ class EmojiSource(FolderSource):
                 self._labels.append(self.label_names.index(emoji.category))
 
 
-class TableSource:
-    """Rows of a Hugging Face `datasets.Dataset`; the columns of pictures and labels are found by their types.
+def open_source(data: str, image_column: str | None = None, label_column: str | None = None) -> Source:
+    """The source called `data`.
+
+    Args:
+        data: a name or id of the registry, or NAME@OWNER/NAME; a folder of pictures, with sub-folders as classes or
+            metadata as `imagefolder` has it; parquet files: one, a folder or a pattern of them; a folder written by
+            `save_to_disk`; or the id of any data set of the Hub.
+        image_column, label_column: of a table, where its columns' types do not tell.
 
     Raises:
-        UserError: no column holds pictures.
-    """
-
-    def __init__(self, table: Any, origin: str) -> None:
-        from datasets import ClassLabel
-        from datasets import Image as ImageFeature
-
-        images = [name for name, feature in table.features.items() if isinstance(feature, ImageFeature)]
-        labels = [name for name, feature in table.features.items() if isinstance(feature, ClassLabel)]
-        if not images:
-            raise UserError(f"{origin} has no column of pictures, only {', '.join(table.column_names)}.")
-        self.origin = origin
-        self._image, self._label = images[0], labels[0] if labels else None
-        self.label_names: list[str] = list(table.features[self._label].names) if self._label else []
-        # undecoded, so that one bad picture is an error of that picture and not of the table
-        self._table = table.cast_column(self._image, ImageFeature(decode=False))
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def name(self, index: int) -> str:
-        return f"{self.origin}, row {index}"
-
-    def content(self, index: int) -> bytes:
-        try:
-            picture = self._table[index][self._image]
-            return picture["bytes"] if picture["bytes"] is not None else Path(picture["path"]).read_bytes()
-        except (OSError, TypeError) as error:  # an empty cell is None
-            raise BadPictureError(f"{self.name(index)}: {error}") from error
-
-    def read(self, index: int) -> tuple[Image.Image, int]:
-        label = self._table[index][self._label] if self._label else 0
-        content = self.content(index)
-        try:
-            with Image.open(io.BytesIO(content)) as image:
-                return to_rgb(image), label
-        except Exception as error:  # see FolderSource
-            raise BadPictureError(f"{self.name(index)}: {error}") from error
-
-
-def _load_hub_table(identifier: str) -> Any:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
-
-    try:
-        return load_dataset(identifier, split="train")
-    except DatasetNotFoundError as error:
-        raise UserError(
-            f"The data set {identifier!r} is not a folder here, and the Hub does not know it or can't be reached; "
-            "check the name, the network, and `huggingface-cli login` for a private one."
-        ) from error
-    except (ValueError, RuntimeError) as error:  # no such id, no train split, or a set that wants to run its own code
-        raise UserError(f"The data set {identifier!r} can't be loaded: {str(error).splitlines()[0]}") from error
-    except OSError as error:
-        raise UserError(
-            f"The Hub can't be reached for {identifier!r}; check the network, or train on a folder."
-        ) from error
-
-
-def _looks_like_hub_id(data: str) -> bool:
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", data) is not None
-
-
-def open_source(data: str) -> Source:
-    """The source called `data`: emoji, a folder of pictures, a folder written by `save_to_disk`, or a Hub id.
-
-    Raises:
-        UserError: there is no such source, or nothing in it.
+        UserError: there is no such source, or nothing in it, or it has no such column.
     """
     if data == "emoji":
         return EmojiSource()
-    path = Path(data).expanduser()
-    if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
-        from datasets import load_from_disk
+    from liquid_diffusion.data import hub  # which takes seconds to import
+    from liquid_diffusion.data.shards import ZipSource
+    from liquid_diffusion.data.tables import TableSource
 
-        return TableSource(load_from_disk(str(path)), data)
-    if path.is_dir():
+    facts = find_facts(data)
+    if facts is None and (table := hub.open_local_table(data)) is not None:
+        return TableSource(table, data, image_column, label_column)
+    path = Path(data).expanduser()
+    if facts is None and path.is_dir():
         return FolderSource(path)
-    if path.is_absolute() or data.startswith((".", "~")) or not _looks_like_hub_id(data):
-        raise UserError(
-            f"There is no data set and no folder {data!r}; `liquid-diffusion datasets` lists what is known."
-        )
-    return TableSource(_load_hub_table(data), data)
+    found = hub.find_on_hub(data)
+    if all(address.endswith(".zip") for address in found.files):
+        return ZipSource(hub.download_files(found), found.identifier, found.unique)
+    return TableSource(hub.download_table(found), found.identifier, image_column, label_column, found.unique)

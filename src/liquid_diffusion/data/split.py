@@ -26,20 +26,29 @@ def is_held_out(content: bytes, fraction: float) -> bool:
 def split(source: Source, fraction: float) -> tuple[list[int], list[int]]:
     """Numbers of the pictures to train on, and of those held out.
 
-    What can't be read is left to the training, which names it.
+    What can't be read is left to the training, which names it. Of a source that wants it so, copies of a picture that
+    came before are on neither side.
 
     Raises:
         UserError: nothing is left to train on.
     """
-    if fraction == 0:
+    if fraction == 0 and not source.unique:
         return list(range(len(source))), []
     train: list[int] = []
     held_out: list[int] = []
+    seen: set[bytes] = set()
     for index in tqdm(range(len(source)), desc="Splitting", unit="", leave=False, delay=2):
         try:
-            chosen = is_held_out(source.content(index), fraction)
+            content = source.content(index)
         except BadPictureError:
-            chosen = False
+            train.append(index)
+            continue
+        if source.unique:
+            digest = hashlib.blake2b(content, digest_size=16).digest()
+            if digest in seen:
+                continue
+            seen.add(digest)
+        chosen = is_held_out(content, fraction)
         (held_out if chosen else train).append(index)
     if not train:
         raise UserError(f"All {len(source)} pictures are held out; train with a smaller --val-fraction.")

@@ -1,0 +1,163 @@
+"""Data sets of the Hub, and tables on the disk, by the library `datasets`; what goes wrong there, in words."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from datasets import load_dataset, load_dataset_builder, load_from_disk
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from httpx2 import HTTPError
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
+
+from liquid_diffusion.config import UserError
+from liquid_diffusion.data.registry import find_facts
+from liquid_diffusion.hardware import process_state
+
+_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+
+
+@dataclass(frozen=True)
+class HubFiles:
+    """A data set of the Hub, found but not downloaded.
+
+    Attributes:
+        identifier: its id.
+        builder: `datasets.DatasetBuilder` for the files that are to be read.
+        split: name of the split to train on.
+        files: addresses (hf://...) of the files of that split.
+        unique: see `DatasetFacts`.
+    """
+
+    identifier: str
+    builder: Any
+    split: str
+    files: list[str]
+    unique: bool
+
+
+def open_local_table(data: str) -> Any | None:
+    """The `datasets.Dataset` in a folder of `save_to_disk`, in parquet files, or in a folder with metadata.
+
+    Args:
+        data: a path; for parquet also a pattern such as data/*.parquet, or a folder of such files.
+
+    Returns:
+        None where `data` is none of these.
+
+    Raises:
+        UserError: the files can't be read.
+    """
+    path = Path(data).expanduser()
+    with _in_words(data):
+        if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
+            return load_from_disk(str(path))
+        if parquet := parquet_files(data):
+            return load_dataset("parquet", data_files=parquet, split="train")
+        if path.is_dir() and any((path / name).is_file() for name in _METADATA):
+            return load_dataset("imagefolder", data_dir=str(path), split="train")
+    return None
+
+
+def parquet_files(data: str) -> list[str]:
+    """The parquet files on the disk that `data` means: itself, those in it if it is a folder, or that match it."""
+    path = Path(data).expanduser()
+    if path.is_dir() and not any((path / name).is_file() for name in _METADATA):
+        return sorted(str(file) for file in path.rglob("*.parquet"))
+    return sorted(glob.glob(str(path), recursive=True)) if path.suffix == ".parquet" else []  # noqa: PTH207  any root
+
+
+def find_on_hub(data: str) -> HubFiles:
+    """The data set that a name, an id or NAME@ID means; its size and licence are printed.
+
+    Raises:
+        UserError: the Hub does not know it or can't be reached, or it has nothing to read.
+    """
+    facts = find_facts(data)
+    identifier = data.rsplit("@", maxsplit=1)[-1] if facts is None or "@" in data else facts.hub_id or data
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", identifier) or identifier.startswith("."):
+        raise UserError(
+            f"There is no data set and no folder {data!r}; `liquid-diffusion datasets` lists what is known."
+        )
+    with _in_words(identifier):
+        builder = load_dataset_builder(identifier, data_files=facts.data_files if facts else None)
+        splits = list(builder.config.data_files or {})
+        if "train" not in splits and len(splits) != 1:
+            raise UserError(f"{identifier} has no split called train, but {', '.join(splits) or 'no files'}.")
+        split = "train" if "train" in splits else splits[0]
+        if facts is None:
+            card = HfApi().dataset_info(identifier).card_data
+            licence = (card.get("license") if card else None) or "none stated"
+            size = f"{len(builder.config.data_files[split])} files"
+        else:
+            licence, size = facts.licence, f"{facts.pictures:,} pictures, {facts.files}"
+    if process_state().is_main_process:
+        print(f"{identifier}: {size}; licence: {licence}.", file=sys.stderr)
+    files = [str(file) for file in builder.config.data_files[split]]
+    return HubFiles(identifier, builder, split, files, facts is not None and facts.unique)
+
+
+def download_files(found: HubFiles) -> list[str]:
+    """Paths of the files of a data set, out of the cache if they are there.
+
+    Raises:
+        UserError: the Hub can't be reached.
+    """
+    prefix = re.compile(r"hf://datasets/[^/]+/[^@]+@([^/]+)/(.+)")
+    paths = []
+    with _in_words(found.identifier):
+        for address in found.files:
+            place = prefix.fullmatch(address)
+            assert place, address
+            revision, name = place.groups()
+            paths.append(hf_hub_download(found.identifier, name, repo_type="dataset", revision=revision))
+    return paths
+
+
+def download_table(found: HubFiles) -> Any:
+    """The `datasets.Dataset` of a data set, out of the cache if it is there.
+
+    Raises:
+        UserError: the Hub can't be reached, or the files are damaged.
+    """
+    with _in_words(found.identifier):
+        found.builder.download_and_prepare()
+        return found.builder.as_dataset(split=found.split)
+
+
+@contextlib.contextmanager
+def _in_words(data: str) -> Iterator[None]:
+    """What goes wrong within it becomes a `UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except DatasetNotFoundError as error:
+        raise UserError(
+            f"The data set {data!r} is not a folder here, and the Hub does not know it or can't be reached; "
+            "check the name, the network, and `huggingface-cli login` for a private one."
+        ) from error
+    except (DatasetGenerationError, pa.ArrowException) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, HfHubHTTPError | HTTPError | ConnectionError):
+            raise UserError(f"The Hub can't be reached for {data!r} any more: {_first_line(cause)}") from error
+        raise UserError(f"The files of {data!r} are damaged: {_first_line(cause)}") from error
+    except (ValueError, RuntimeError) as error:  # no such id, no train split, or a set that wants to run its own code
+        raise UserError(f"The data set {data!r} can't be opened: {_first_line(error)}") from error
+    except (OSError, HTTPError) as error:
+        raise UserError(
+            f"The Hub can't be reached for {data!r} ({_first_line(error)}); check the network, or train on a folder."
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
