@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
@@ -10,7 +11,7 @@ from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
-from liquid_diffusion.config import EstimateConfig, ExportConfig, SampleConfig, TrainConfig, UserError
+from liquid_diffusion.config import EstimateConfig, EvaluateConfig, ExportConfig, SampleConfig, TrainConfig, UserError
 
 _EXAMPLES = """
 examples:
@@ -37,24 +38,22 @@ def _train(arguments: dict[str, Any]) -> int:
     return 130
 
 
-def _sample(arguments: dict[str, Any]) -> int:
-    from liquid_diffusion.generate import generate
+def _of_a_run(module: str, config: type) -> Callable[[dict[str, Any]], int]:
+    """A command that hands RUN and its options to the function a module is named after, and prints what it says."""
 
-    print(generate(arguments.pop("run"), SampleConfig(**arguments)))
-    return 0
+    def command(arguments: dict[str, Any]) -> int:
+        run, json = arguments.pop("run"), {"as_json": arguments.pop("json")} if "json" in arguments else {}
+        function = getattr(importlib.import_module(f"liquid_diffusion.{module}"), module.rsplit(".", maxsplit=1)[-1])
+        print(function(run, config(**arguments), **json))
+        return 0
+
+    return command
 
 
 def _datasets(arguments: dict[str, Any]) -> int:
     from liquid_diffusion.data.registry import describe
 
     print(describe(as_json=arguments["json"]))
-    return 0
-
-
-def _export(arguments: dict[str, Any]) -> int:
-    from liquid_diffusion.export import export
-
-    print(export(arguments.pop("run"), ExportConfig(**arguments)))
     return 0
 
 
@@ -68,14 +67,15 @@ def _estimate(arguments: dict[str, Any]) -> int:
 
 _COMMANDS: dict[str, tuple[Callable[[dict[str, Any]], int], type | None, str]] = {
     "train": (_train, TrainConfig, "train a generator, or go on with a run"),
-    "sample": (_sample, SampleConfig, "draw pictures with a trained one"),
-    "export": (_export, ExportConfig, "write a trained one for other programs"),
+    "sample": (_of_a_run("generate", SampleConfig), SampleConfig, "draw pictures with a trained one"),
+    "evaluate": (_of_a_run("evaluation.evaluate", EvaluateConfig), EvaluateConfig, "measure the pictures of one"),
+    "export": (_of_a_run("export", ExportConfig), ExportConfig, "write a trained one for other programs"),
     "estimate": (_estimate, EstimateConfig, "tell what memory a training will need"),
     "datasets": (_datasets, None, "list the data sets known by name"),
 }
 
 
-_OF_A_RUN = ("sample", "export")
+_OF_A_RUN = ("sample", "evaluate", "export")
 
 
 class _Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
@@ -97,7 +97,7 @@ def _parser() -> ArgumentParser:
     )
     commands = parser.add_subcommands(required=True, dest="command", metavar="COMMAND")
     for name, (_, config, text) in _COMMANDS.items():
-        usage = f"liquid-diffusion {name} {'RUN ' if name in _OF_A_RUN else ''}[options]"
+        usage = f"liquid-diffusion {name} {'[RUN] ' if name in _OF_A_RUN else ''}[options]"
         command = ArgumentParser(usage=usage, description=text[0].upper() + text[1:] + ".", formatter_class=_Formatter)
         if config is not None:
             command.add_argument("--config", action="config", help="YAML file with any of these options")
@@ -108,8 +108,10 @@ def _parser() -> ArgumentParser:
                     flag, type=hints[option.name], default=option.default, help=option.metadata["help"]
                 )
         if name in _OF_A_RUN:
-            command.add_argument("run", type=str, help="run folder, pipeline folder or Hub id")
-        if name in ("datasets", "estimate"):
+            command.add_argument(
+                "run", type=str, nargs="?", help="run folder, pipeline folder or Hub id (default: the packaged model)"
+            )
+        if name in ("datasets", "estimate", "evaluate"):
             command.add_argument("--json", action="store_true", help="machine-readable")
         commands.add_subcommand(name, command, help=text)
     return parser

@@ -125,6 +125,28 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class EvaluateConfig:
+    """An evaluation of a run, sampled as `sample` does where nothing else is said."""
+
+    n: int = _option(1000, "number of samples")
+    reference: str = _option("val", "real pictures: val (held out of the run), train, all, or another data set")
+    features: str = _option("lite0", "lite0, inception, dinov2, or the folder of a DINOv2")
+    steps: int = _option(25, "steps of the solver")
+    solver: str = _option("euler", ", ".join(SOLVERS))
+    guidance: float = _option(GUIDANCE, "classifier-free guidance where there are classes; 1 is none")
+    seed: int = _option(0, "sample i has the seed SEED + i")
+    batch_size: int = _option(64, "samples computed at once; it does not change them")
+    out: str = _option("metrics.json", "the figures; the pairs nearest to training pictures come beside it")
+
+    def __post_init__(self) -> None:
+        for name in ("n", "steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.solver not in SOLVERS:
+            raise UserError(f"There is no solver {self.solver!r}; choose from {', '.join(SOLVERS)}.")
+
+
+@dataclass(frozen=True)
 class EstimateConfig:
     """A training whose memory is asked for."""
 

@@ -73,7 +73,7 @@ def export_onnx(pipeline: LiquidDiffusionPipeline, folder: Path) -> None:
     (folder / "model.json").write_text(json.dumps(facts, indent=2))
 
 
-def export(run: str, config: ExportConfig) -> str:
+def export(run: str | None, config: ExportConfig) -> str:
     """Export a run to `config.out`; says in words where it is.
 
     Raises:

@@ -5,20 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import yaml
 from diffusers.utils.logging import disable_progress_bar
 from PIL import Image
 from torch import Tensor
 
 from liquid_diffusion.config import SampleConfig, UserError
-from liquid_diffusion.data.pictures import PictureDataset
-from liquid_diffusion.data.sources import open_source
-from liquid_diffusion.data.split import split
 from liquid_diffusion.data.transforms import to_pil
+from liquid_diffusion.evaluation.memorisation import draw_pairs
 from liquid_diffusion.evaluation.nearest import nearest_pictures
+from liquid_diffusion.evaluation.reference import pictures_of_run
 from liquid_diffusion.grid import draw_grid
 from liquid_diffusion.hardware import process_state
-from liquid_diffusion.pipeline import LiquidDiffusionPipeline, load_pipeline
+from liquid_diffusion.pipeline import LiquidDiffusionPipeline, find_run, load_pipeline
 from liquid_diffusion.sampling import make_scheduler, seeded_generators
 
 
@@ -46,33 +44,18 @@ def draw_pictures(pipeline: LiquidDiffusionPipeline, config: SampleConfig) -> Te
 
 def _beside_nearest(pictures: Tensor, run: str) -> tuple[Image.Image, str]:
     """Rows of samples, each over the row of their nearest training pictures, and the distances in words."""
-    settings = Path(run) / "config.yaml"
-    if not settings.is_file():
+    known = pictures_of_run(run, *pictures.shape[-2:])
+    if known is None:
         raise UserError(f"{run} does not say what it was trained on: the nearest pictures need a run folder.")
-    config = yaml.safe_load(settings.read_text())
-    source = open_source(config["data"])
-    chosen, _ = split(source, config["val_fraction"])
-    height, width = pictures.shape[-2:]
-    crop = "pad" if config.get("crop") == "pad" else "center"
-    dataset = PictureDataset(
-        source, max(height, width), config["flip"], config["seed"], chosen, crop, shapes=[(height, width)]
-    )
-    nearest, distances = nearest_pictures(pictures, dataset)
-    columns = min(8, len(pictures))
-    rows: list[Image.Image] = []
-    for start in range(0, len(pictures), columns):
-        for images in (to_pil(pictures[start : start + columns]), to_pil(nearest[start : start + columns])):
-            blank = [Image.new("RGB", images[0].size, "white")] * (columns - len(images))
-            rows += images + blank
-    names = ["sample", "nearest"] * (len(rows) // (2 * columns))
+    nearest, distances = nearest_pictures(pictures, known.train)
     words = (
         f"Root mean square distance to the nearest training picture (of pixels in [-1, 1]): "
         f"median {distances.median():.3f}, least {distances.min():.3f}."
     )
-    return draw_grid(rows, columns, row_names=names), words
+    return draw_pairs(pictures, nearest), words
 
 
-def generate(run: str, config: SampleConfig) -> str:
+def generate(run: str | None, config: SampleConfig) -> str:
     """Draw pictures with a run and write them to `config.out`; says in words where they are.
 
     Raises:
@@ -92,7 +75,7 @@ def generate(run: str, config: SampleConfig) -> str:
     pictures = draw_pictures(pipeline, config)
     words = ""
     if config.nearest:
-        sheet, words = _beside_nearest(pictures, run)
+        sheet, words = _beside_nearest(pictures, find_run(run))
     elif grid:
         sheet = draw_grid(to_pil(pictures), columns=max(1, round(config.n**0.5)))
     try:

@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 from collections.abc import Callable, Generator, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -354,12 +355,32 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
         return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def load_pipeline(run: str) -> LiquidDiffusionPipeline:
-    """The pipeline of a run folder, of a pipeline folder or of a Hub id.
+# The model that comes with the package: what RUN means where it is left out.
+SHIPPED = Path(str(resources.files("liquid_diffusion"))) / "shipped" / "nano-emoji"
+
+
+def find_run(run: str | None) -> str:
+    """What a person means by RUN: what was said, or, where nothing was, the folder of the model in this package.
+
+    Raises:
+        UserError: nothing was said, and this package has no model.
+    """
+    if run is not None:
+        return run
+    if not (SHIPPED / "model_index.json").is_file():
+        raise UserError("There is no model in this installation: say RUN, e.g. after `liquid-diffusion train`.")
+    return str(SHIPPED)
+
+
+def load_pipeline(run: str | None) -> LiquidDiffusionPipeline:
+    """The pipeline of a run folder, of a pipeline folder or of a Hub id; of None, that of the model in this package.
+
+    Its weights are float32, whatever they are kept in: the sampler takes the dtype that the device is fast in, once.
 
     Raises:
         UserError: there is none, or it is damaged.
     """
+    run = find_run(run)
     folder = Path(run).expanduser()
     if folder.is_dir():
         pipeline = folder / "pipeline" if (folder / "pipeline").is_dir() else folder
@@ -371,7 +392,7 @@ def load_pipeline(run: str) -> LiquidDiffusionPipeline:
     else:
         source = run
     try:
-        return LiquidDiffusionPipeline.from_pretrained(source)
+        return LiquidDiffusionPipeline.from_pretrained(source).to(torch.float32)
     except (OSError, SafetensorError, HFValidationError) as error:
         if folder.is_dir():
             raise UserError(f"The model in {run} is damaged: {error}") from error

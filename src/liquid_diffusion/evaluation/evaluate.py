@@ -1,0 +1,177 @@
+"""What `liquid-diffusion evaluate` does: a run in; figures of its pictures, and of its memory, out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils.logging import disable_progress_bar
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from liquid_diffusion.config import EvaluateConfig, UserError
+from liquid_diffusion.data.pictures import PictureDataset
+from liquid_diffusion.data.sources import open_source
+from liquid_diffusion.data.transforms import to_float, to_pil, to_uint8
+from liquid_diffusion.evaluation.features import extract, make_features
+from liquid_diffusion.evaluation.memorisation import WORST_PAIRS, Nearness, draw_pairs
+from liquid_diffusion.evaluation.metrics import LinearClassifier, compare, nearest_rows
+from liquid_diffusion.evaluation.nearest import nearest_pictures
+from liquid_diffusion.evaluation.reference import CachedFeatures, RunPictures, labels_of, pictures_of_run
+from liquid_diffusion.evaluation.report import table
+from liquid_diffusion.hardware import process_state
+from liquid_diffusion.pipeline import LiquidDiffusionPipeline, find_run, load_pipeline
+from liquid_diffusion.sampling import make_scheduler, seeded_generators
+
+_LARGEST_REFERENCE = 10_000  # pictures; the matrices of distances grow as its square
+
+
+def spread_labels(labels: Tensor, n: int, seed: int) -> Tensor:
+    """n labels in the proportions of a reference set's (N,), in a random order.
+
+    A set that is compared with another must ask for the same things: with each class equally often, a kernel distance
+    would also measure how unequal the classes of the reference are.
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    return labels[order].repeat(-(-n // len(labels)))[:n]
+
+
+def draw_samples(pipeline: LiquidDiffusionPipeline, labels: Tensor | None, config: EvaluateConfig) -> Tensor:
+    """Pictures (n, 3, H, W) uint8 on the CPU, one for each label; picture i depends on seed + i and its label alone."""
+    pipeline.scheduler = make_scheduler(config.solver)
+    codec, pictures = pipeline.codec, []
+    with tqdm(total=config.n, desc="Sampling", unit="", leave=False) as bar:
+        for start in range(0, config.n, config.batch_size):
+            count = min(config.batch_size, config.n - start)
+            x = pipeline.noise(count, seeded_generators(config.seed + start, count))
+            some = None if labels is None else labels[start : start + count].to(x.device)
+            for step in pipeline.steps(x, some, config.steps, config.guidance):
+                x = step.x
+            pictures += [to_uint8(picture) for picture in to_pil(codec.decode(x))]
+            bar.update(count)
+    return torch.stack(pictures)
+
+
+def _thinned(dataset: PictureDataset) -> PictureDataset:
+    """At most `_LARGEST_REFERENCE` pictures, at equal distances over the set."""
+    if len(dataset) <= _LARGEST_REFERENCE:
+        return dataset
+    chosen = [dataset.indices[i * len(dataset) // _LARGEST_REFERENCE] for i in range(_LARGEST_REFERENCE)]
+    return PictureDataset(dataset.source, dataset.image_size, indices=chosen)
+
+
+def _reference(name: str, known: RunPictures | None, size: int, run: str) -> PictureDataset:
+    if name not in ("val", "train", "all"):
+        return _thinned(PictureDataset(open_source(name), size))
+    if known is None:
+        raise UserError(
+            f"{run} does not say what it was trained on: give real pictures by --reference, a folder or a data set."
+        )
+    if name == "val" and known.held_out is None:
+        raise UserError(f"No pictures were held out of {run}: say --reference train, all, or another data set.")
+    if name == "val" and known.held_out is not None:
+        return _thinned(known.held_out)
+    if name == "train" or known.held_out is None:
+        return _thinned(known.train)
+    everything = sorted(known.train.indices + known.held_out.indices)
+    return _thinned(PictureDataset(known.train.source, size, indices=everything))
+
+
+def _memory(
+    samples: Tensor, features: Tensor, known: RunPictures, cached: CachedFeatures
+) -> tuple[dict[str, Any], Image.Image]:
+    """How near samples (n, 3, H, W) uint8 with features (n, D) come to what was trained on, and the nearest pairs."""
+    train, held_out = known.train, known.held_out
+    trained = cached.of(train)
+    if train.flip:
+        trained = torch.cat([trained, cached.of(train, mirrored=True)])
+    distances, index = nearest_rows(features, trained)
+    unseen = None if held_out is None else nearest_rows(cached.of(held_out), trained)[0]
+    pictures = to_float(samples)
+    pixel = nearest_pictures(pictures, train)[1]
+    unseen_pixel = None
+    if held_out is not None:
+        real = to_float(torch.stack([held_out.picture(i)["image"] for i in range(len(held_out))]))
+        unseen_pixel = nearest_pictures(real, train)[1]
+    facts = {
+        "training_pictures": len(train),
+        "held_out_pictures": 0 if held_out is None else len(held_out),
+        "feature_distance": asdict(Nearness.of(distances, unseen)),
+        "pixel_distance": asdict(Nearness.of(pixel, unseen_pixel)),
+    }
+    worst = distances.argsort()[:WORST_PAIRS]
+    originals = []
+    for place in index[worst].tolist():
+        image = train.picture(place % len(train))["image"]
+        originals.append(image.flip(-1) if place >= len(train) else image)
+    return facts, draw_pairs(pictures[worst], to_float(torch.stack(originals)))
+
+
+def measure(run: str | None, config: EvaluateConfig) -> tuple[dict[str, Any], Image.Image | None]:
+    """Figures of a run as JSON-able facts, and the pairs of samples and training pictures that are nearest.
+
+    Raises:
+        UserError: the run, the reference or the features can't be had.
+    """
+    disable_progress_bar()  # of the parts being loaded
+    device = process_state().device
+    pipeline = load_pipeline(run).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    folder = find_run(run)
+    size, names = pipeline.config["image_size"], pipeline.config["label_names"]
+    extractor = make_features(config.features, device)
+    known = pictures_of_run(folder, size, size)
+    reference = _reference(config.reference, known, size, folder)
+    cached = CachedFeatures(extractor, device)
+
+    labels = None
+    if names:
+        same = reference.label_names == names
+        labels = spread_labels(labels_of(reference) if same else torch.arange(len(names)), config.n, config.seed)
+    samples = draw_samples(pipeline, labels, config)
+    batches = tqdm(samples.split(32), desc="Features of samples", unit="", leave=False, delay=2)
+    features = extract(extractor, batches, device)
+    real = cached.of(reference)
+    facts: dict[str, Any] = {
+        "run": folder,
+        "samples": asdict(config),
+        "reference_pictures": len(reference),
+        **compare(real, features),
+    }
+    if known is None:
+        return facts, None
+    if config.reference == "val":
+        facts["real"] = compare(real, cached.of(_thinned(known.train)))
+    if labels is not None and known.train.label_names == names:
+        classifier = LinearClassifier(cached.of(known.train), labels_of(known.train))
+        facts["class_agreement"] = classifier.accuracy(features, labels)
+        if known.held_out is not None:
+            unseen = cached.of(known.held_out)
+            facts["class_accuracy_held_out"] = classifier.accuracy(unseen, labels_of(known.held_out))
+    facts["memorisation"], pairs = _memory(samples, features, known, cached)
+    return facts, pairs
+
+
+def evaluate(run: str | None, config: EvaluateConfig, as_json: bool = False) -> str:
+    """Measure a run, write `config.out` and the picture of nearest pairs beside it; says the figures.
+
+    Raises:
+        UserError: see `measure`; or the place can't be written to.
+    """
+    out = Path(config.out).expanduser()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.touch()  # to fail before the work and not after it
+    except OSError as error:
+        raise UserError(f"{out} can't be written to: {error.strerror}.") from error
+    facts, pairs = measure(run, config)
+    if pairs is not None:
+        facts["nearest_pairs"] = str(out.with_name(f"{out.stem}-nearest.png"))
+        pairs.save(facts["nearest_pairs"])
+    text = json.dumps(facts, indent=2)
+    out.write_text(text + "\n")
+    return text if as_json else f"{table(facts)}\n\nWritten to {out}."

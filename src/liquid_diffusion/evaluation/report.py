@@ -1,0 +1,67 @@
+"""Figures of an evaluation as a table for a terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_ROWS = (
+    ("kernel distance", "kd"),
+    ("Frechet distance", "fd"),
+    ("precision", "precision"),
+    ("recall", "recall"),
+)
+
+
+def _distances(figures: dict[str, Any]) -> dict[str, str]:
+    return {
+        "kd": f"{figures['kd']:.4f} +- {figures['kd_standard_error']:.4f}",
+        "fd": f"{figures['fd']:.1f}",
+        "precision": f"{figures['precision']:.3f}",
+        "recall": f"{figures['recall']:.3f}",
+    }
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def table(facts: dict[str, Any]) -> str:
+    """The facts of `evaluate.measure` in words and columns."""
+    setting = facts["samples"]
+    lines = [
+        f"{setting['n']} samples of {facts['run']} ({setting['solver']}, {setting['steps']} steps, guidance "
+        f"{setting['guidance']:g}) against {facts['reference_pictures']} real pictures ({setting['reference']}), "
+        f"features {setting['features']}",
+        "",
+    ]
+    samples, real = _distances(facts), _distances(facts["real"]) if "real" in facts else None
+    rows = [["", "samples", *(["training pictures"] if real else [])]]
+    rows += [[words, samples[key], *([real[key]] if real else [])] for words, key in _ROWS]
+    lines += _aligned(rows)
+    lines.append(f"(Frechet distance, precision and recall at {facts['fd_pictures']} pictures a side)")
+    if "class_agreement" in facts:
+        unseen = facts.get("class_accuracy_held_out")
+        beside = "" if unseen is None else f"; of held-out pictures {unseen:.1%}"
+        lines += [
+            "",
+            f"A linear classifier takes {facts['class_agreement']:.1%} of the samples for their class{beside}.",
+        ]
+    if "memorisation" in facts:
+        memory = facts["memorisation"]
+        spaces = (("features", memory["feature_distance"]), ("pixels", memory["pixel_distance"]))
+        rows = [
+            ["nearest training picture in", "samples, median", "held out, median", "samples under its 1st percentile"]
+        ]
+        for space, near in spaces:
+            share = near["share_of_samples_nearer"]
+            medians = [_number(near["samples_median"]), _number(near["held_out_median"])]
+            rows.append([space, *medians, "-" if share is None else f"{share:.1%}"])
+        lines += ["", *_aligned(rows)]
+        if "nearest_pairs" in facts:
+            lines.append(f"(the nearest pairs: {facts['nearest_pairs']})")
+    return "\n".join(lines)
