@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
 
 from liquid_diffusion.config import UserError
-from liquid_diffusion.data.transforms import resize_and_crop, to_uint8
+from liquid_diffusion.data.transforms import to_shape, to_uint8
 from liquid_diffusion.evaluation.features import FeatureExtractor, Lite0Features, extract, make_features
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ def test_lite0_sees_what_is_there(lite0: FeatureExtractor) -> None:
     assert spec.origin is not None
     folder = Path(spec.origin).parent / "media_assets" / "images"
     pictures = torch.stack(
-        [to_uint8(resize_and_crop(Image.open(folder / f"{name}.jpg"), 224)) for name in ("lion", "cheetah1")]
+        [to_uint8(to_shape(Image.open(folder / f"{name}.jpg"), (224, 224))) for name in ("lion", "cheetah1")]
     )
     seen = lite0(pictures)
     assert seen.shape == (2, 1280)

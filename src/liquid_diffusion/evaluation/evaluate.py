@@ -61,7 +61,7 @@ def _thinned(dataset: PictureDataset) -> PictureDataset:
     if len(dataset) <= _LARGEST_REFERENCE:
         return dataset
     chosen = [dataset.indices[i * len(dataset) // _LARGEST_REFERENCE] for i in range(_LARGEST_REFERENCE)]
-    return PictureDataset(dataset.source, dataset.image_size, indices=chosen)
+    return PictureDataset(dataset.source, dataset.image_size, indices=chosen, crop=dataset.crop)
 
 
 def _reference(name: str, known: RunPictures | None, size: int, run: str) -> PictureDataset:
@@ -78,7 +78,7 @@ def _reference(name: str, known: RunPictures | None, size: int, run: str) -> Pic
     if name == "train" or known.held_out is None:
         return _thinned(known.train)
     everything = sorted(known.train.indices + known.held_out.indices)
-    return _thinned(PictureDataset(known.train.source, size, indices=everything))
+    return _thinned(PictureDataset(known.train.source, size, indices=everything, crop=known.train.crop))
 
 
 def _memory(
