@@ -11,14 +11,14 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 
-def channel_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """LayerNorm over the channels of each pixel, without weights: (B, C, H, W) -> (B, C, H, W).
+def channel_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+    """LayerNorm over the channels of each pixel: (B, C, H, W) -> (B, C, H, W); weight and bias (C,), or without.
 
     The statistics are float32 whatever the dtype of `x`. Autocast is off because it would widen the *output* to
     float32 on CUDA, which doubles the memory traffic of all that follows.
     """
     with torch.autocast(x.device.type, enabled=False):
-        return F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],), eps=eps).permute(0, 3, 1, 2)
+        return F.layer_norm(x.permute(0, 2, 3, 1), (x.shape[1],), weight, bias, eps).permute(0, 3, 1, 2)
 
 
 class ConditionEmbedding(nn.Module):
