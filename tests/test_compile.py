@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -42,6 +44,16 @@ def test_equals_the_model_on_every_label_and_size(model: LiquidUNet, size: tuple
             assert relative_error(compiled(x, t), model(x, t, labels).sample) < 1e-4
 
 
+def test_equals_the_model_where_all_have_one_condition(model: LiquidUNet) -> None:
+    """Then the rows of the table are multiplied into the convolutions."""
+    x, t = torch.randn(2, 4, 16, 12), torch.full((2,), 0.4)
+    for labels in (None, torch.tensor([1])):
+        compiled = compile_for_sampling(model, [0.4], labels, dtype=torch.float32)
+        with torch.no_grad():
+            expected = model(x, t, None if labels is None else labels.expand(2)).sample
+        assert relative_error(compiled(x, t), expected) < 1e-4
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_samples_equal_the_models(model: LiquidUNet, solver: str) -> None:
     labels, guidance = torch.tensor([2, 0]), 3.0
@@ -79,6 +91,19 @@ def test_one_label_serves_any_batch() -> None:
                 with torch.no_grad():
                     expected = guide(model, label, CLASSES, guidance)(x, t)
                 assert relative_error(compiled(x, t), expected) < 1e-4
+
+
+def test_parts_equal_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, labels = small(), torch.tensor([0, 2, 1])
+    x, t = torch.randn(3, 4, 8, 8), torch.full((3,), 0.5)
+    for label in (labels, None):
+        whole = compile_for_sampling(model, [0.5], label, 2.0, torch.float32)(x, t)
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                sys.modules[compile_for_sampling.__module__], "_CACHE_BYTES", 2 * 32 * 8 * 8 * 4
+            )  # two pictures at once
+            parts = compile_for_sampling(model, [0.5], label, 2.0, torch.float32)(x, t)
+        torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
 
 
 def test_the_original_is_untouched() -> None:

@@ -35,6 +35,10 @@ if TYPE_CHECKING:  # of a bundled pipeline the model's classes are in another fi
     from liquid_diffusion.models.liquid import LiquidBlock
     from liquid_diffusion.models.unet import LiquidUNet
 
+# Of one tensor at the finest stage: larger ones are read from memory again at every pass. At 128 x 128 latents a
+# picture of tiny took 15 % less time in parts of two than in a batch of eight; at 64 x 64 and below nothing changed.
+_CACHE_BYTES = 4 * 2**20
+
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "swish": F.silu}
 
 
@@ -251,11 +255,21 @@ class CompiledVelocity:
         else:
             rows = (step * self.labels_per_step + self.rows).repeat_interleave(batch // len(self.rows))
         z = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        v = self._forward(torch.cat([z, z]) if self.guided else z, rows).to(x.dtype)
+        v = self._in_parts(torch.cat([z, z]) if self.guided else z, rows).to(x.dtype)
         if not self.guided:
             return v
         v_label, v_null = v.chunk(2)
         return torch.lerp(v_null, v_label, self.guidance)
+
+    def _in_parts(self, x: Tensor, rows: Tensor | slice) -> Tensor:
+        """As many pictures at a time as a CPU's cache holds; a GPU wants all at once."""
+        stem_channels, itemsize = len(self.norm_weight), x.element_size()
+        at_once = max(1, _CACHE_BYTES // (stem_channels * x.shape[2] * x.shape[3] * itemsize))
+        if self.device.type != "cpu" or len(x) <= at_once:
+            return self._forward(x, rows)
+        parts = x.split(at_once)
+        some = rows.split(at_once) if isinstance(rows, Tensor) else [rows] * len(parts)
+        return torch.cat([self._forward(part, row) for part, row in zip(parts, some, strict=True)])
 
     def _forward(self, x: Tensor, rows: Tensor | slice) -> Tensor:
         first, second = self.stem
