@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import resources
-from pathlib import Path
-from typing import Protocol
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Protocol
 
 from PIL import Image
 
 from liquid_diffusion.config import UserError
 from liquid_diffusion.data.registry import find_facts
 from liquid_diffusion.data.transforms import to_rgb
+
+if TYPE_CHECKING:
+    from liquid_diffusion.data.shards import Shards
 
 PICTURE_ENDINGS = frozenset(
     (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -142,8 +145,8 @@ def open_source(data: str, image_column: str | None = None, label_column: str | 
     if data == "emoji":
         return EmojiSource()
     from liquid_diffusion.data import hub  # which takes seconds to import
-    from liquid_diffusion.data.shards import ZipSource
     from liquid_diffusion.data.tables import TableSource
+    from liquid_diffusion.data.zips import ZipSource
 
     facts = find_facts(data)
     if facts is None and (table := hub.open_local_table(data)) is not None:
@@ -155,3 +158,36 @@ def open_source(data: str, image_column: str | None = None, label_column: str | 
     if all(address.endswith(".zip") for address in found.files):
         return ZipSource(hub.download_files(found), found.identifier, found.unique)
     return TableSource(hub.download_table(found), found.identifier, image_column, label_column, found.unique)
+
+
+def open_shards(data: str, image_column: str | None = None, label_column: str | None = None) -> Shards | None:
+    """What `data` means as shards to stream: parquet files here, or a data set of the Hub.
+
+    Returns:
+        None where the pictures lie on the disk one by one: reading them is what a stream would do.
+
+    Raises:
+        UserError: see `open_source`; or it is stored in a way that has to be read from its beginning.
+    """
+    if data == "emoji":
+        return None
+    from liquid_diffusion.data import hub, shards, zips
+
+    facts = find_facts(data)
+    if facts is None and (parquet := hub.parquet_files(data)):
+        return shards.ParquetShards(parquet, data, image_column, label_column)
+    if facts is None and Path(data).expanduser().is_dir():
+        return None
+    found = hub.find_on_hub(data)
+    endings = {PurePosixPath(address).suffix.lower() for address in found.files}
+    if endings == {".parquet"}:
+        features = found.builder.info.features
+        return shards.ParquetShards(found.files, found.identifier, image_column, label_column, features)
+    if endings == {".zip"}:
+        return zips.ZipShards(found.files, found.identifier, found.unique)
+    if endings <= PICTURE_ENDINGS and label_column is None:
+        return shards.LooseShards(found.files, found.identifier)
+    raise UserError(
+        f"{found.identifier} consists of {', '.join(sorted(endings))} files; parquet, zips and pictures can be "
+        "streamed, so leave --streaming out."
+    )
