@@ -23,9 +23,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
+from liquid_diffusion.codecs import AutoencoderCodec
 from liquid_diffusion.config import TrainConfig
+from liquid_diffusion.models.unet import LiquidUNet
+from liquid_diffusion.pipeline import LiquidDiffusionPipeline
+from liquid_diffusion.sampling import make_scheduler
 
 
 @pytest.fixture(autouse=True)
@@ -106,3 +111,26 @@ def sd_vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sd-vae-ft-mse")
     vae.half().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def make_pipeline() -> Callable[..., LiquidDiffusionPipeline]:
+    """Makes pipelines of tiny models, with or without classes and an autoencoder."""
+
+    def build(classes: int = 2, with_vae: bool = False, image_size: int = 16) -> LiquidDiffusionPipeline:
+        """A tiny model of random weights, which no longer predicts zero."""
+        vae = None
+        if with_vae:
+            vae = AutoencoderKL(
+                block_out_channels=[8, 16], norm_num_groups=4,
+                down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+            )  # fmt: skip
+        model = LiquidUNet(4 if vae else 12, classes, widths=(32, 64), depths=(1, 1))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.02)
+        codec = AutoencoderCodec(vae, "somewhere").state() if vae else None
+        names = ["cat", "dog"][:classes]
+        return LiquidDiffusionPipeline(model, make_scheduler(), vae, codec, names, image_size)
+
+    return build

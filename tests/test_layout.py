@@ -29,6 +29,7 @@ FLOORS = {
     "pipeline": 2,
     "generate": 3,
     "export": 3,
+    "demo": 3,
     "training": 3,
     "evaluation": 3,
     "cli": 4,

@@ -7,11 +7,21 @@ import sys
 from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
-from liquid_diffusion.config import EstimateConfig, EvaluateConfig, ExportConfig, SampleConfig, TrainConfig, UserError
+from liquid_diffusion import __version__
+from liquid_diffusion.config import (
+    DemoConfig,
+    EstimateConfig,
+    EvaluateConfig,
+    ExportConfig,
+    SampleConfig,
+    TrainConfig,
+    UserError,
+)
 
 _EXAMPLES = """
 examples:
@@ -38,16 +48,12 @@ def _train(arguments: dict[str, Any]) -> int:
     return 130
 
 
-def _of_a_run(module: str, config: type) -> Callable[[dict[str, Any]], int]:
-    """A command that hands RUN and its options to the function a module is named after, and prints what it says."""
-
-    def command(arguments: dict[str, Any]) -> int:
-        run, json = arguments.pop("run"), {"as_json": arguments.pop("json")} if "json" in arguments else {}
-        function = getattr(importlib.import_module(f"liquid_diffusion.{module}"), module.rsplit(".", maxsplit=1)[-1])
-        print(function(run, config(**arguments), **json))
-        return 0
-
-    return command
+def _of_a_run(module: str, config: type, arguments: dict[str, Any]) -> int:
+    """Hand RUN and the options to the function that a module is named after, and print what it says."""
+    run, json = arguments.pop("run"), {"as_json": arguments.pop("json")} if "json" in arguments else {}
+    function = getattr(importlib.import_module(f"liquid_diffusion.{module}"), module.rsplit(".", maxsplit=1)[-1])
+    print(function(run, config(**arguments), **json))
+    return 0
 
 
 def _datasets(arguments: dict[str, Any]) -> int:
@@ -67,15 +73,18 @@ def _estimate(arguments: dict[str, Any]) -> int:
 
 _COMMANDS: dict[str, tuple[Callable[[dict[str, Any]], int], type | None, str]] = {
     "train": (_train, TrainConfig, "train a generator, or go on with a run"),
-    "sample": (_of_a_run("generate", SampleConfig), SampleConfig, "draw pictures with a trained one"),
-    "evaluate": (_of_a_run("evaluation.evaluate", EvaluateConfig), EvaluateConfig, "measure the pictures of one"),
-    "export": (_of_a_run("export", ExportConfig), ExportConfig, "write a trained one for other programs"),
+    "sample": (partial(_of_a_run, "generate", SampleConfig), SampleConfig, "draw pictures with a trained one"),
+    "evaluate": (
+        partial(_of_a_run, "evaluation.evaluate", EvaluateConfig),
+        EvaluateConfig,
+        "measure its pictures",
+    ),
+    "export": (partial(_of_a_run, "export", ExportConfig), ExportConfig, "write a trained one for other programs"),
+    "demo": (partial(_of_a_run, "demo.serve", DemoConfig), DemoConfig, "show a trained one as a web page"),
     "estimate": (_estimate, EstimateConfig, "tell what memory a training will need"),
     "datasets": (_datasets, None, "list the data sets known by name"),
 }
-
-
-_OF_A_RUN = ("sample", "evaluate", "export")
+_OF_A_RUN = ("sample", "evaluate", "export", "demo")
 
 
 class _Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
@@ -93,7 +102,7 @@ def _parser() -> ArgumentParser:
         formatter_class=_Formatter,
         description="Train and run small image generators without attention.",
         epilog=_EXAMPLES,
-        version=_version(),
+        version=__version__,
     )
     commands = parser.add_subcommands(required=True, dest="command", metavar="COMMAND")
     for name, (_, config, text) in _COMMANDS.items():
@@ -102,11 +111,9 @@ def _parser() -> ArgumentParser:
         if config is not None:
             command.add_argument("--config", action="config", help="YAML file with any of these options")
             hints = get_type_hints(config)
-            for option in fields(config):
-                flag = "--" + option.name.replace("_", "-")
-                command.add_argument(
-                    flag, type=hints[option.name], default=option.default, help=option.metadata["help"]
-                )
+            for field in fields(config):
+                flag = "--" + field.name.replace("_", "-")
+                command.add_argument(flag, type=hints[field.name], default=field.default, help=field.metadata["help"])
         if name in _OF_A_RUN:
             command.add_argument(
                 "run", type=str, nargs="?", help="run folder, pipeline folder or Hub id (default: the packaged model)"
@@ -115,12 +122,6 @@ def _parser() -> ArgumentParser:
             command.add_argument("--json", action="store_true", help="machine-readable")
         commands.add_subcommand(name, command, help=text)
     return parser
-
-
-def _version() -> str:
-    from liquid_diffusion import __version__
-
-    return __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:

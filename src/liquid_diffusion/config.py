@@ -175,3 +175,15 @@ class ExportConfig:
 
     to: Literal["diffusers", "onnx"] = _option("diffusers", "diffusers or onnx")
     out: str = _option("exported", "a new or empty folder")
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """A web page of a trained model."""
+
+    host: str = _option("127.0.0.1", "address to listen on; 0.0.0.0 lets other machines in")
+    port: int = _option(7860, "port to listen on")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.port < 2**16:
+            raise UserError(f"port must lie between 1 and 65535, not {self.port}.")
