@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from liquid_diffusion.config import UserError
-from liquid_diffusion.hardware import choose_precision
+from liquid_diffusion.hardware import at_most_cores, choose_precision
 
 CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 
@@ -24,6 +25,16 @@ def test_cpu(monkeypatch: pytest.MonkeyPatch, amx: bool, expected: str) -> None:
 def test_cuda(monkeypatch: pytest.MonkeyPatch, native: bool, expected: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
     assert choose_precision("auto", CUDA) == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes are not bound to cores here")
+def test_no_more_processes_than_cores() -> None:
+    cores = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(cores)})
+        assert [at_most_cores(wanted) for wanted in (0, 1, 2)] == [0, 1, 1]
+    finally:
+        os.sched_setaffinity(0, cores)
 
 
 def test_what_was_said_counts() -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
-from functools import partial
 from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
@@ -15,6 +14,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from liquid_diffusion import __version__
 from liquid_diffusion.config import (
     DemoConfig,
+    EncodeConfig,
     EstimateConfig,
     EvaluateConfig,
     ExportConfig,
@@ -48,43 +48,33 @@ def _train(arguments: dict[str, Any]) -> int:
     return 130
 
 
-def _of_a_run(module: str, config: type, arguments: dict[str, Any]) -> int:
-    """Hand RUN and the options to the function that a module is named after, and print what it says."""
-    run, json = arguments.pop("run"), {"as_json": arguments.pop("json")} if "json" in arguments else {}
-    function = getattr(importlib.import_module(f"liquid_diffusion.{module}"), module.rsplit(".", maxsplit=1)[-1])
-    print(function(run, config(**arguments), **json))
+def _hand_over(function: str, config: type | None, arguments: dict[str, Any]) -> int:
+    """Call a function of the package with RUN and the options, as far as it has them, and print what it says."""
+    module, name = function.rsplit(".", maxsplit=1)
+    run = [arguments.pop("run")] if "run" in arguments else []
+    json = {"as_json": arguments.pop("json")} if "json" in arguments else {}
+    options = [config(**arguments)] if config else []
+    said = getattr(importlib.import_module(f"liquid_diffusion.{module}"), name)(*run, *options, **json)
+    if said is not None:
+        print(said)
     return 0
 
 
-def _datasets(arguments: dict[str, Any]) -> int:
-    from liquid_diffusion.data.registry import describe
-
-    print(describe(as_json=arguments["json"]))
-    return 0
-
-
-def _estimate(arguments: dict[str, Any]) -> int:
-    from liquid_diffusion.estimate import report
-
-    as_json = arguments.pop("json")
-    print(report(EstimateConfig(**arguments), as_json))
-    return 0
-
-
-_COMMANDS: dict[str, tuple[Callable[[dict[str, Any]], int], type | None, str]] = {
-    "train": (_train, TrainConfig, "train a generator, or go on with a run"),
-    "sample": (partial(_of_a_run, "generate", SampleConfig), SampleConfig, "draw pictures with a trained one"),
-    "evaluate": (
-        partial(_of_a_run, "evaluation.evaluate", EvaluateConfig),
-        EvaluateConfig,
-        "measure its pictures",
-    ),
-    "export": (partial(_of_a_run, "export", ExportConfig), ExportConfig, "write a trained one for other programs"),
-    "demo": (partial(_of_a_run, "demo.serve", DemoConfig), DemoConfig, "show a trained one as a web page"),
-    "estimate": (_estimate, EstimateConfig, "tell what memory a training will need"),
-    "datasets": (_datasets, None, "list the data sets known by name"),
+_COMMANDS: dict[str, tuple[str, type | None, str]] = {
+    "train": ("", TrainConfig, "train a generator, or go on with a run"),
+    "sample": ("generate.generate", SampleConfig, "draw pictures with a trained one"),
+    "evaluate": ("evaluation.evaluate.evaluate", EvaluateConfig, "measure the pictures of one"),
+    "export": ("export.export", ExportConfig, "write a trained one for other programs"),
+    "demo": ("demo.serve.serve", DemoConfig, "show a trained one as a web page"),
+    "encode": ("data.encode.encode", EncodeConfig, "encode pictures once, for train --cache-latents"),
+    "estimate": ("estimate.report", EstimateConfig, "tell what memory a training will need"),
+    "datasets": ("data.registry.describe", None, "list the data sets known by name"),
 }
-_OF_A_RUN = ("sample", "evaluate", "export", "demo")
+_RUN = ("run", "?", "run folder, pipeline folder or Hub id (default: the packaged model)")
+_FIRST = {
+    **dict.fromkeys(("sample", "evaluate", "export", "demo"), _RUN),
+    "encode": ("data", None, "as for train --data"),
+}
 
 
 class _Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
@@ -106,18 +96,18 @@ def _parser() -> ArgumentParser:
     )
     commands = parser.add_subcommands(required=True, dest="command", metavar="COMMAND")
     for name, (_, config, text) in _COMMANDS.items():
-        usage = f"liquid-diffusion {name} {'[RUN] ' if name in _OF_A_RUN else ''}[options]"
+        first, count, what = _FIRST.get(name, ("", None, ""))
+        place = f"[{first.upper()}] " if count else f"{first.upper()} " if first else ""
+        usage = f"liquid-diffusion {name} {place}[options]"
         command = ArgumentParser(usage=usage, description=text[0].upper() + text[1:] + ".", formatter_class=_Formatter)
         if config is not None:
             command.add_argument("--config", action="config", help="YAML file with any of these options")
             hints = get_type_hints(config)
-            for field in fields(config):
+            for field in (field for field in fields(config) if field.name != first):
                 flag = "--" + field.name.replace("_", "-")
                 command.add_argument(flag, type=hints[field.name], default=field.default, help=field.metadata["help"])
-        if name in _OF_A_RUN:
-            command.add_argument(
-                "run", type=str, nargs="?", help="run folder, pipeline folder or Hub id (default: the packaged model)"
-            )
+        if first:
+            command.add_argument(first, type=str, nargs=count, help=what)
         if name in ("datasets", "estimate", "evaluate"):
             command.add_argument("--json", action="store_true", help="machine-readable")
         commands.add_subcommand(name, command, help=text)
@@ -131,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parsed[command].as_dict()
     arguments.pop("config", None)
     try:
-        return _COMMANDS[command][0](arguments)
+        return _train(arguments) if command == "train" else _hand_over(*_COMMANDS[command][:2], arguments)
     except UserError as error:
         print(f"liquid-diffusion: {error}", file=sys.stderr)
         return 2

@@ -6,13 +6,16 @@ zero mean and unit variance in each channel on the other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import hashlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from torch import Tensor
@@ -36,6 +39,9 @@ class Codec(Protocol):
 
     def decode(self, latents: Tensor) -> Tensor:
         """(B, channels, h, w) -> (B, 3, h*factor, w*factor) in [-1, 1]."""
+
+    def on(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
+        """Within it the codec's weights, if it has any, are on `device`; afterwards where they were."""
 
     def set_statistics(self, mean: list[float], std: list[float]) -> None:
         """Take mean and standard deviation of each channel as they were measured before."""
@@ -104,6 +110,10 @@ class PixelCodec(_Normalised):
     def decode(self, latents: Tensor) -> Tensor:
         return F.pixel_shuffle(self._denormalise(latents), self.factor).clamp(-1, 1)
 
+    def on(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
+        del device  # no weights
+        return contextlib.nullcontext()
+
     def state(self) -> dict[str, Any]:
         return {"name": "pixels", "factor": self.factor, "mean": self.mean.tolist(), "std": self.std.tolist()}
 
@@ -122,22 +132,40 @@ class AutoencoderCodec(_Normalised):
         self.channels = vae.config["latent_channels"]
         widths = vae.config["block_out_channels" if isinstance(vae, AutoencoderKL) else "encoder_block_out_channels"]
         self.factor = 2 ** (len(widths) - 1)
+        self.is_random = isinstance(vae, AutoencoderKL)  # else a picture has one latent and no posterior
         self.set_statistics([0.0] * self.channels, [1.0] * self.channels)
 
     @torch.no_grad()
-    def _raw(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mean and standard deviation of the raw latents of pictures (B, 3, H, W) in [-1, 1].
+
+        Returns:
+            (B, channels, H/factor, W/factor) each, float32, on the autoencoder's device; no standard deviation where
+            the autoencoder is deterministic.
+        """
         images = images.to(self.vae.device, self.vae.dtype)
         with torch.autocast(images.device.type, enabled=False):  # the SD-VAE overflows in float16
             encoded = self.vae.encode(images)
-        z = encoded.latent_dist.sample(generator) if isinstance(self.vae, AutoencoderKL) else encoded.latents
-        return z.float()
+        if self.is_random:
+            return encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
+        return encoded.latents.float(), None
+
+    def draw(self, mean: Tensor, std: Tensor | None, generator: torch.Generator | None = None) -> Tensor:
+        """Normalised latents drawn from posteriors, as `posterior` gives them: ``mean + std * noise``."""
+        return self._normalise(self._sample(mean, std, generator))
+
+    @staticmethod
+    def _sample(mean: Tensor, std: Tensor | None, generator: torch.Generator | None) -> Tensor:
+        if std is None:
+            return mean
+        return mean + std * randn_tensor(tuple(mean.shape), generator, mean.device, mean.dtype)
 
     def fit(self, batches: Iterable[Tensor]) -> None:
         generator = torch.Generator(self.vae.device).manual_seed(0)
-        self._measure(self._raw(images, generator) for images in batches)
+        self._measure(self._sample(*self.posterior(images), generator) for images in batches)
 
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return self._normalise(self._raw(images, generator))
+        return self.draw(*self.posterior(images), generator)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -168,6 +196,23 @@ class AutoencoderCodec(_Normalised):
 
     def state(self) -> dict[str, Any]:
         return {"name": self.name, "mean": self.mean.tolist(), "std": self.std.tolist()}
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights with their names: what tells this autoencoder from another of the same name."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.vae.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    @contextlib.contextmanager
+    def on(self, device: torch.device) -> Iterator[None]:
+        before = self.vae.device
+        self.vae.to(device)
+        try:
+            yield
+        finally:
+            self.vae.to(before)
 
 
 def load_vae(name: str) -> AutoencoderKL | AutoencoderTiny:

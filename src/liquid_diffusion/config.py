@@ -26,6 +26,11 @@ def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+def _check_val_fraction(value: float) -> None:
+    if not 0 <= value < 1:
+        raise UserError(f"val_fraction must be at least 0 and under 1, not {value}.")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """A training run. What is None is chosen by the machine and the data, see `presets.resolve`."""
@@ -54,6 +59,9 @@ class TrainConfig:
         "center", "center; random: 0.8 to 1 of the largest crop, from anywhere; or pad: the whole picture on white"
     )
     buckets: bool = _option(False, "keep aspect ratios up to 1:2: a few shapes of about image_size^2 pixels")
+    cache_latents: bool | str = _option(
+        False, "train on latents encoded once: true keeps them in RUN/latents; or a folder written by encode"
+    )
     val_fraction: float = _option(0.05, "share of the pictures held out: never trained on, for evaluation")
     flip: bool | None = _option(None, "mirror half of the pictures (default: yes, but for emoji)")
     workers: int = _option(2, "processes that read pictures, where they do not fit in memory")
@@ -71,8 +79,9 @@ class TrainConfig:
         for name in ("cooldown", "label_dropout", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} must lie between 0 and 1, not {getattr(self, name)}.")
-        if not 0 <= self.val_fraction < 1:
-            raise UserError(f"val_fraction must be at least 0 and under 1, not {self.val_fraction}.")
+        _check_val_fraction(self.val_fraction)
+        if self.cache_latents and self.crop == "random":
+            raise UserError("A random crop differs each time and can't be cached; take --crop center or pad.")
         if (self.lr is not None and self.lr <= 0) or self.max_grad_norm <= 0:
             raise UserError("lr and max_grad_norm must be above 0.")
         if not 0 <= self.seed < 2**32:
@@ -97,6 +106,30 @@ class RunConfig(TrainConfig):
     batch_size: int = 0
     lr: float = 0.0
     flip: bool = False
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """Latents that are encoded once. What is None is chosen by the data, see `presets.resolve_encoding`."""
+
+    data: str = _option("emoji", "as for train --data")
+    out: str | None = _option(None, "folder; what was begun there is gone on with (default: latents/DATA-SIZE)")
+    image_size: int = _option(256, "side of the square pictures")
+    codec: str = _option("sd-vae", "sd-vae, taesd, or Hub id or folder of an autoencoder")
+    crop: Literal["center", "pad"] = _option("center", "center, or pad: the whole picture on white")
+    buckets: bool = _option(False, "keep aspect ratios up to 1:2: a few shapes of about image_size^2 pixels")
+    flip: bool | None = _option(None, "the mirror images too (default: yes, but for emoji)")
+    val_fraction: float = _option(0.05, "share of the pictures held out: they are not encoded")
+    batch_size: int = _option(8, "pictures encoded at once")
+    workers: int = _option(2, "processes that read pictures")
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.workers < 0:
+            raise UserError("workers can't be below 0.")
+        _check_val_fraction(self.val_fraction)
 
 
 @dataclass(frozen=True)

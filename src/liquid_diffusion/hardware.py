@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 
 import torch
@@ -53,6 +54,12 @@ def choose_precision(wanted: str, device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return "bf16" if device.type == "cpu" and torch.cpu._is_amx_tile_supported() else "no"
+
+
+def at_most_cores(processes: int) -> int:
+    """That number of processes, or one for each core that this process may use where that is fewer."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(processes, cores)
 
 
 def keep_freed_memory() -> None:

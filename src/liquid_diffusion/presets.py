@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from liquid_diffusion.config import RunConfig, TrainConfig, UNetConfig, UserError
+from liquid_diffusion.config import EncodeConfig, RunConfig, TrainConfig, UNetConfig, UserError
+
+_DOWNSCALE = 4  # of every preset: each of its stages but the last one halves height and width
 
 
 def nano() -> UNetConfig:
@@ -44,18 +46,37 @@ def preset(name: str) -> UNetConfig:
     return PRESETS[name]()
 
 
+def check_size(image_size: int, codec: str, factor: int) -> int:
+    """What the sides of pictures must be divisible by, for a codec of some factor and any preset.
+
+    Raises:
+        UserError: `image_size` is not.
+    """
+    multiple = factor * _DOWNSCALE
+    if image_size % multiple:
+        raise UserError(
+            f"image_size {image_size} can't be divided by {multiple}, which the codec {codec} and the "
+            f"model need; the next that can is {(image_size // multiple + 1) * multiple}."
+        )
+    return multiple
+
+
 def resolve(config: TrainConfig, device: str) -> RunConfig:
     """A training run with everything decided that was left open, for a device type: cpu, mps or cuda.
 
     A GPU gets larger pictures and a larger model; so the default run takes minutes on either.
+
+    Raises:
+        UserError: there is no such model.
     """
     cpu = device == "cpu"
     emoji = config.data == "emoji"
     image_size = config.image_size or ((32 if cpu else 64) if emoji else (64 if cpu else 256))
     codec = config.codec or ("pixels" if image_size <= 64 else "sd-vae")
     model = config.model or ("nano" if cpu else "tiny")
+    preset(model)
     decided: dict[str, Any] = {
-        "out": config.out or f"runs/{Path(config.data).expanduser().resolve().name}-{image_size}",
+        "out": config.out or f"runs/{_name(config.data)}-{image_size}",
         "image_size": image_size,
         "codec": codec,
         "model": model,
@@ -64,6 +85,20 @@ def resolve(config: TrainConfig, device: str) -> RunConfig:
         # nano: mean loss of the last 200 of the quick start's 2,000 steps (`train --lr`, metrics.jsonl), one seed each:
         # 1e-3 .222, 2e-3 .207, 3e-3 .207. The larger ones have a usual rate for their size, not measured.
         "lr": config.lr or (2e-3 if model == "nano" else 3e-4),
-        "flip": not emoji if config.flip is None else config.flip,
+        "flip": _flip(config.data, config.flip),
     }
     return RunConfig(**{**asdict(config), **decided})
+
+
+def _flip(data: str, wanted: bool | None) -> bool:
+    return data != "emoji" if wanted is None else wanted
+
+
+def _name(data: str) -> str:
+    return Path(data).expanduser().resolve().name
+
+
+def resolve_encoding(config: EncodeConfig) -> EncodeConfig:
+    """An encoding in which nothing is left open."""
+    out = config.out or f"latents/{_name(config.data)}-{config.image_size}"
+    return replace(config, out=out, flip=_flip(config.data, config.flip))

@@ -77,7 +77,7 @@ def test_pictures_get_the_nearest_shape(in_memory: bool, tmp_path: Path, monkeyp
     cut = (tmp_path / "1.png").read_bytes()
     (tmp_path / "1.png").write_bytes(cut[: len(cut) // 2])
     if not in_memory:
-        monkeypatch.setattr(pictures, "_IN_MEMORY_BYTES", 0)
+        monkeypatch.setattr(pictures, "IN_MEMORY_BYTES", 0)
     dataset = PictureDataset(open_source(str(tmp_path)), 32, shapes=[(40, 24), (32, 32), (24, 40)])
     shapes = [tuple(dataset[0, i]["image"].shape[1:]) for i in range(len(dataset))]
     assert "5.png" in " ".join(dataset.skipped)
@@ -129,7 +129,7 @@ def test_spread_takes_equal_distances(photos: Path) -> None:
 def test_bad_pictures_are_skipped_and_named(photos: Path, in_memory: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     (photos / "dog" / "00.png").write_bytes(b"")
     if not in_memory:
-        monkeypatch.setattr(pictures, "_IN_MEMORY_BYTES", 0)
+        monkeypatch.setattr(pictures, "IN_MEMORY_BYTES", 0)
     dataset = PictureDataset(open_source(str(photos)), 32)
     assert dataset.in_memory == in_memory
     items = [dataset[0, i] for i in range(len(dataset))]
@@ -151,6 +151,6 @@ def test_nothing_readable(photos: Path, in_memory: bool, monkeypatch: pytest.Mon
     for path in photos.rglob("*.png"):
         path.write_bytes(b"")
     if not in_memory:
-        monkeypatch.setattr(pictures, "_IN_MEMORY_BYTES", 0)
+        monkeypatch.setattr(pictures, "IN_MEMORY_BYTES", 0)
     with pytest.raises(UserError, match="Not one of the 24 pictures"):
         _ = PictureDataset(open_source(str(photos)), 32)[0, 0]

@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
-from liquid_diffusion.config import TrainConfig, UserError
+from liquid_diffusion.codecs import AutoencoderCodec
+from liquid_diffusion.config import EncodeConfig, TrainConfig, UserError
 from liquid_diffusion.data import pictures
+from liquid_diffusion.data.encode import encode
 from liquid_diffusion.models.unet import LiquidUNet
 from liquid_diffusion.pipeline import load_pipeline
 from liquid_diffusion.training.trainer import Trainer, learning_rate_factor
@@ -195,7 +198,7 @@ def test_bad_pictures_are_named_counted_and_skipped(
     for name in ("00", "02"):
         (photos / "dog" / f"{name}.png").write_bytes((photos / "dog" / f"{name}.png").read_bytes()[:300])
     for out, limit in (("in-memory", 2**20), ("while-training", 0)):
-        monkeypatch.setattr(pictures, "_IN_MEMORY_BYTES", limit)
+        monkeypatch.setattr(pictures, "IN_MEMORY_BYTES", limit)
         trainer = Trainer(quick(data=str(photos), steps=6, out=str(photos.parent / out)))
         assert len(list(trainer.steps())) == 6
         lines = (photos.parent / out / "skipped.jsonl").read_text().splitlines()
@@ -361,3 +364,92 @@ assert not trainer._anyone(False) and trainer._anyone(trainer.accelerator.proces
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
     with pytest.raises(UserError, match="trained with processes 2, here it would be 1"):
         Trainer(TrainConfig(out=str(tmp_path / "run"), image_size=16, model="nano", batch_size=4, precision="fp32"))
+
+
+@pytest.fixture
+def vae(tmp_path: Path) -> Path:
+    """A small autoencoder of factor 2."""
+    AutoencoderKL(
+        block_out_channels=[8, 16], norm_num_groups=4,
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+    ).save_pretrained(tmp_path / "vae")  # fmt: skip
+    return tmp_path / "vae"
+
+
+@pytest.mark.parametrize("changes", [{}, {"buckets": True, "image_size": 32}])
+def test_n_and_n_steps_equal_2n_on_cached_latents(
+    quick: Make, photos: Path, vae: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """To the bit, with buckets too; and the pictures may be gone."""
+    settings = {"data": str(photos), "codec": str(vae), "steps": 6, "workers": 0, **changes}
+    straight = Trainer(quick(out=str(tmp_path / "straight"), cache_latents=True, **settings))
+    losses = [result.loss.item() for result in straight.steps()]
+
+    first = Trainer(quick(out=str(tmp_path / "halves"), cache_latents=True, **settings))
+    halves = [result.loss.item() for result in itertools.islice(first.steps(), 3)]
+    first.save()
+    for path in photos.rglob("*.png"):
+        path.unlink()
+    torch.manual_seed(123)
+    second = Trainer(quick(out=str(tmp_path / "halves"), cache_latents=True, **settings))
+    assert second.step == 3
+    halves += [result.loss.item() for result in second.steps()]
+    assert halves == losses
+    ours, theirs = state(second), state(straight)
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_cached_latents_train_as_the_pictures_do(
+    quick: Make, photos: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same losses but for the rounding of the cache, while the autoencoder encodes nothing."""
+    settings = {"data": str(photos), "codec": str(vae), "workers": 0, "sample_every": 2, "checkpoint_every": 4}
+    pictures = Trainer(quick(out=str(tmp_path / "pictures"), **settings))
+    cached = Trainer(quick(out=str(tmp_path / "cached"), cache_latents=True, **settings))
+    assert isinstance(cached.codec, AutoencoderCodec)
+    pictures.codec.set_statistics(cached.codec.mean.tolist(), cached.codec.std.tolist())
+    expected = [result.loss.item() for result in pictures.steps()]
+
+    def never(*_: object) -> None:
+        raise AssertionError("a picture was encoded")
+
+    monkeypatch.setattr(cached.codec.vae, "encode", never)
+    assert [result.loss.item() for result in cached.steps()] == pytest.approx(expected, rel=2e-3)
+    cached.draw_samples()
+    cached.save()
+    again = load_pipeline(str(tmp_path / "cached"))
+    assert again.config["codec"] == cached.codec.state()
+
+
+def test_the_autoencoder_comes_to_the_device_for_grids_only(
+    quick: Make, vae: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(quick(codec=str(vae), image_size=16, cache_latents=True))
+    assert isinstance(trainer.codec, AutoencoderCodec)
+    moves: list[str] = []
+    monkeypatch.setattr(trainer.codec.vae, "to", lambda device: moves.append(str(device)))
+    list(trainer.steps())
+    assert not moves
+    trainer.draw_samples()
+    assert moves == ["cpu", "cpu"]  # there and back
+
+
+def test_latents_of_a_folder(quick: Make, photos: Path, vae: Path, tmp_path: Path) -> None:
+    """Encoded by the command, used by two runs; what does not match is refused before anything is written."""
+    folder = tmp_path / "latents"
+    encode(EncodeConfig(str(photos), str(folder), 16, str(vae), workers=0))
+    settings = {"data": str(photos), "codec": str(vae), "cache_latents": str(folder), "steps": 1}
+    for out in ("a", "b"):
+        assert len(list(Trainer(quick(out=str(tmp_path / out), **settings)).steps())) == 1
+        assert not (tmp_path / out / "latents").exists()
+    with pytest.raises(UserError, match="encoded with image_size 16, but the training has 32"):
+        Trainer(quick(**settings, image_size=32))
+    with pytest.raises(UserError, match="The codec pixels costs nothing"):
+        Trainer(quick(**{**settings, "codec": "pixels"}))
+    with pytest.raises(UserError, match="There are no latents in"):
+        Trainer(quick(**{**settings, "cache_latents": str(tmp_path / "nowhere")}))
+    with pytest.raises(UserError, match="no model 'huge'"):
+        Trainer(quick(**{**settings, "cache_latents": True, "model": "huge"}))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="A random crop differs each time"):
+        quick(**settings, crop="random")

@@ -12,17 +12,18 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
+from liquid_diffusion.codecs import Codec
 from liquid_diffusion.config import UserError
 from liquid_diffusion.data.shapes import nearest_shape, size_of
 from liquid_diffusion.data.sources import BadPictureError, Source
-from liquid_diffusion.data.transforms import Shape, to_shape, to_uint8
+from liquid_diffusion.data.transforms import Shape, to_float, to_shape, to_uint8
 
 # A set whose sized pictures take less memory than this is decoded once, before training.
-_IN_MEMORY_BYTES = 512 * 2**20
+IN_MEMORY_BYTES = 512 * 2**20
 
 
 class Item(TypedDict):
-    """One picture: (3, H, W) uint8, its label, and the bad ones that were met on the way to it."""
+    """One picture: (3, H, W) uint8 (or its latents' posterior), its label, and the bad ones met on the way to it."""
 
     image: Tensor
     label: int
@@ -70,13 +71,19 @@ class PictureDataset(Dataset[Item]):
         self._shape_of = [0] * len(self.indices)
         self._decoded: list[tuple[Tensor, int]] | None = None
         if len(self.shapes) > 1:
-            self._choose_shapes()
-        if crop != "random" and len(self.indices) * 3 * image_size**2 <= _IN_MEMORY_BYTES:
+            chosen, self.skipped = choose_shapes(source, self.indices, self.shapes)
+            self._keep(chosen)
+        if crop != "random" and len(self.indices) * 3 * image_size**2 <= IN_MEMORY_BYTES:
             self._decode_all()
 
     @property
     def label_names(self) -> list[str]:
         return list(self.source.label_names)
+
+    @property
+    def total(self) -> int:
+        """Pictures in the source, those held out and the bad ones included."""
+        return len(self.source)
 
     @property
     def in_memory(self) -> bool:
@@ -109,17 +116,6 @@ class PictureDataset(Dataset[Item]):
             raise UserError(f"Not one of the {len(self.indices)} pictures can be read; the first: {self.skipped[0]}.")
         self.indices, self._shape_of = [index for index, _ in good], [shape for _, shape in good]
 
-    def _choose_shapes(self) -> None:
-        good = []
-        for index in tqdm(self.indices, desc="Reading sizes", unit="", leave=False, delay=2):
-            try:
-                content = self.source.content(index)
-                good.append((index, nearest_shape(size_of(content), self.shapes)))
-            except Exception as error:  # a decoder may raise anything
-                named = isinstance(error, BadPictureError)
-                self.skipped.append(str(error) if named else f"{self.source.name(index)}: {error}")
-        self._keep(good)
-
     def _decode_all(self) -> None:
         decoded, good = [], []
         chosen = zip(self.indices, self._shape_of, strict=True)
@@ -151,6 +147,14 @@ class PictureDataset(Dataset[Item]):
                 skipped.append(str(error))
         raise UserError(f"Not one of the {len(self)} pictures can be read; the first: {skipped[0]}.")
 
+    def fit_codec(self, codec: Codec, count: int, batch_size: int) -> None:
+        """Let a codec measure its statistics on `count` pictures, of which `batch_size` are encoded at once."""
+        codec.fit(to_float(images) for images in self.spread(count, batch_size))
+
+    def to_latents(self, images: Tensor, codec: Codec, generator: torch.Generator) -> Tensor:
+        """What the model is trained on, (B, C, h, w), for a batch of this set, which lies on the codec's device."""
+        return codec.encode(to_float(images), generator)
+
     def spread(self, count: int, batch_size: int) -> Iterator[Tensor]:
         """`count` pictures at equal distances over the whole set, whose order may mean something.
 
@@ -170,6 +174,25 @@ class PictureDataset(Dataset[Item]):
         if is_mirrored(self.flip, self.seed, epoch, index):
             item["image"] = item["image"].flip(-1)
         return item
+
+
+def choose_shapes(
+    source: Source, indices: Sequence[int], shapes: Sequence[Shape]
+) -> tuple[list[tuple[int, int]], list[str]]:
+    """The shape that suits each picture best, by the headers of the files.
+
+    Returns:
+        (number in the source, number of the shape) of each picture whose header can be read; the names of the others.
+    """
+    good, skipped = [], []
+    for index in tqdm(indices, desc="Reading sizes", unit="", leave=False, delay=2):
+        try:
+            good.append((index, nearest_shape(size_of(source.content(index)), shapes)))
+        except BadPictureError as error:
+            skipped.append(str(error))
+        except Exception as error:  # a decoder may raise anything: struct.error, RuntimeError, ...
+            skipped.append(f"{source.name(index)}: {error}")
+    return good, skipped
 
 
 def is_mirrored(flip: bool, seed: int, epoch: int, index: int) -> bool:

@@ -21,24 +21,25 @@ from tqdm import tqdm
 
 from liquid_diffusion.codecs import AutoencoderCodec, make_codec
 from liquid_diffusion.config import TrainConfig, UserError
+from liquid_diffusion.data.encode import Encoding, encoding_of, is_whole
+from liquid_diffusion.data.latents import LatentDataset
 from liquid_diffusion.data.pictures import BucketedBatches, PictureDataset, collate
 from liquid_diffusion.data.shapes import bucket_shapes
 from liquid_diffusion.data.sources import open_source
 from liquid_diffusion.data.split import split
-from liquid_diffusion.data.transforms import to_float
 from liquid_diffusion.flow import flow_loss, interpolate, sample_times, velocity
 from liquid_diffusion.grid import draw_grid
-from liquid_diffusion.hardware import choose_precision, keep_freed_memory, process_state
+from liquid_diffusion.hardware import at_most_cores, choose_precision, keep_freed_memory, process_state
 from liquid_diffusion.models.unet import LiquidUNet
 from liquid_diffusion.pipeline import LiquidDiffusionPipeline
-from liquid_diffusion.presets import resolve
+from liquid_diffusion.presets import check_size, resolve
 from liquid_diffusion.sampling import make_scheduler, seeded_generators
 from liquid_diffusion.training.checkpoint import CheckpointFolder
 from liquid_diffusion.training.run_folder import RunFolder
 from liquid_diffusion.training.tracking import MetricsLog, StopRequest
 
 # What a run that goes on may change; all else would make it another run.
-_FREE = frozenset(("out", "steps", "lr", "checkpoint_every", "sample_every", "log_every", "workers"))
+_FREE = frozenset(("out", "steps", "lr", "checkpoint_every", "sample_every", "log_every", "workers", "cache_latents"))
 _GRID_COLUMNS = 8
 _FIT_PICTURES = 256
 _FIT_PICTURES_CPU_VAE = 16  # the SD-VAE takes 4 s a picture of 256 px on a CPU core
@@ -87,20 +88,13 @@ class Trainer:
             self._check_same_run(found[2])
         if device.type == "cpu":
             keep_freed_memory()
-        set_seed(run.seed, device_specific=True)
 
         self.codec = make_codec(run.codec)
-        source = open_source(run.data)
-        self.model = LiquidUNet.from_preset(run.model, self.codec.channels, len(source.label_names))
-        multiple = self.codec.factor * self.model.downscale
-        if run.image_size % multiple:
-            raise UserError(
-                f"image_size {run.image_size} can't be divided by {multiple}, which the codec {run.codec} and the "
-                f"model need; the next that can is {(run.image_size // multiple + 1) * multiple}."
-            )
-        chosen, self.held_out = split(source, run.val_fraction)
-        shapes = bucket_shapes(run.image_size, multiple) if run.buckets else None
-        self.dataset = PictureDataset(source, run.image_size, run.flip, run.seed, chosen, run.crop, shapes)
+        multiple = check_size(run.image_size, run.codec, self.codec.factor)
+        self.dataset: PictureDataset | LatentDataset
+        self.dataset, self.held_out = self._open_latents() if run.cache_latents else self._open_pictures(multiple)
+        set_seed(run.seed, device_specific=True)  # now: opening the data may have drawn, or not
+        self.model = LiquidUNet.from_preset(run.model, self.codec.channels, len(self.dataset.label_names))
         self.model.to(memory_format=torch.channels_last)
         if run.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
@@ -111,7 +105,7 @@ class Trainer:
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         # after prepare, which gives every process the weights of the first
         self.ema = EMAModel(self.model.parameters(), decay=run.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
-        if isinstance(self.codec, AutoencoderCodec):
+        if isinstance(self.codec, AutoencoderCodec) and not run.cache_latents:  # else it is there for grids only
             self.codec.vae.to(device)
 
         self.step = 0
@@ -119,12 +113,33 @@ class Trainer:
             self._load(*found)
         if self.accelerator.is_main_process:
             self.folder.begin(run)
-            self.folder.note_skipped(self.dataset.skipped, len(self.dataset.source))
+            self.folder.note_skipped(self.dataset.skipped, self.dataset.total)
         self.accelerator.wait_for_everyone()
         if found is None:
             slow = isinstance(self.codec, AutoencoderCodec) and device.type == "cpu"
-            pictures = self.dataset.spread(_FIT_PICTURES_CPU_VAE if slow else _FIT_PICTURES, min(16, run.batch_size))
-            self.codec.fit(to_float(images) for images in pictures)
+            count = _FIT_PICTURES_CPU_VAE if slow else _FIT_PICTURES
+            self.dataset.fit_codec(self.codec, count, min(16, run.batch_size))
+
+    def _open_pictures(self, multiple: int) -> tuple[PictureDataset, int]:
+        """The pictures to train on, and the number of those held out."""
+        run, source = self.config, open_source(self.config.data)
+        chosen, held_out = split(source, run.val_fraction)
+        shapes = bucket_shapes(run.image_size, multiple) if run.buckets else None
+        dataset = PictureDataset(source, run.image_size, run.flip, run.seed, chosen, run.crop, shapes)
+        return dataset, len(held_out)
+
+    def _open_latents(self) -> tuple[LatentDataset, int]:
+        """The same of latents, which are encoded first where they are the run's own and not all there."""
+        run, own = self.config, self.config.cache_latents is True
+        folder = self.folder.path / "latents" if own else Path(str(run.cache_latents)).expanduser()
+        if own and not is_whole(folder):
+            encoding = Encoding(encoding_of(run, folder), self.codec, process_state())
+            if self.accelerator.is_main_process:
+                self.folder.begin(run)
+            self.accelerator.print(encoding.summary())
+            encoding.run()
+        dataset = LatentDataset(folder, run, self.codec)
+        return dataset, dataset.held_out
 
     # ---- what run this is
 
@@ -142,7 +157,7 @@ class Trainer:
         precision = "fp32" if self.accelerator.mixed_precision == "no" else self.accelerator.mixed_precision
         return (
             f"{self.config.model} ({millions:.1f} M parameters) on {len(self.dataset)} pictures{classes} of "
-            f"{self.config.image_size} px{shapes} ({len(self.held_out)} more held out), codec {self.config.codec}, "
+            f"{self.config.image_size} px{shapes} ({self.held_out} more held out), codec {self.config.codec}, "
             f"{self.accelerator.device.type} in {precision}, to {self.folder.path}{start}"
         )
 
@@ -252,14 +267,14 @@ class Trainer:
             self.dataset,
             batch_sampler=batches,
             collate_fn=collate,
-            num_workers=0 if in_memory else self.config.workers,
+            num_workers=0 if in_memory else at_most_cores(self.config.workers),
             pin_memory=self.accelerator.device.type == "cuda",
         )
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """The loss of images (B, 3, H, W) uint8 and labels (B,), at times and noise drawn from the run's generator."""
+        """The loss of a batch of the data set and labels (B,), at times and noise drawn from the run's generator."""
         device = self.accelerator.device
-        x0 = self.codec.encode(to_float(images.to(device, non_blocking=True)), self.generator)
+        x0 = self.dataset.to_latents(images.to(device, non_blocking=True), self.codec, self.generator)
         t = sample_times(len(x0), self.config.time_sampling, self.generator)
         noise = torch.randn(x0.shape, generator=self.generator, device=device)
         classes = None
@@ -299,7 +314,7 @@ class Trainer:
         for images, labels, skipped in self._loader():
             if self.finished:
                 return
-            self.folder.note_skipped(skipped, len(self.dataset.source))
+            self.folder.note_skipped(skipped, self.dataset.total)
             loss = self.train_step(images, labels)
             self.step += 1
             yield StepResult(self.step, loss)
@@ -368,6 +383,6 @@ class Trainer:
         rows = len(names[:10]) or 4
         count = rows * _GRID_COLUMNS
         labels = [row for row in range(rows) for _ in range(_GRID_COLUMNS)] if names else None
-        with self.ema_weights():
+        with self.ema_weights(), self.codec.on(self.accelerator.device):
             images = self.pipeline()(count, labels, generator=seeded_generators(0, count)).images
         return self.folder.save_samples(draw_grid(images, _GRID_COLUMNS, row_names=names[:rows]), self.step)

@@ -1,0 +1,363 @@
+"""Latents encoded once: every picture's posterior, and its mirror image's, in files that training maps into memory.
+
+    DIR/manifest.json                           what was encoded, and how; it has `shards` when all is done
+        shard-00000-of-00247.safetensors        the posteriors of some consecutive pictures of one shape
+
+A shard is written aside and renamed, and encoded anew from its first picture where it is missing. Which pictures are
+computed together depends on the plan alone, so the files are the same however often the encoding was stopped, and
+whatever number of processes shared it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from liquid_diffusion.codecs import AutoencoderCodec, Codec, make_codec
+from liquid_diffusion.config import EncodeConfig, RunConfig, TrainConfig, UserError
+from liquid_diffusion.data.pictures import choose_shapes
+from liquid_diffusion.data.shapes import bucket_shapes
+from liquid_diffusion.data.sources import BadPictureError, Source, open_source
+from liquid_diffusion.data.split import split
+from liquid_diffusion.data.transforms import Shape, to_float, to_shape, to_uint8
+from liquid_diffusion.hardware import at_most_cores, process_state
+from liquid_diffusion.presets import check_size, resolve_encoding
+
+MANIFEST = "manifest.json"
+PIXELS_NEED_NO_CACHE = "The codec pixels costs nothing, there is nothing to cache: train without --cache-latents."
+_SHARD = 64  # pictures: what is computed again after an interruption, at most
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """Some pictures of one shape, by their numbers in the source, and the file they go to."""
+
+    file: str
+    shape: Shape
+    indices: tuple[int, ...]
+
+
+def settings(config: EncodeConfig | RunConfig, codec: AutoencoderCodec) -> dict[str, Any]:
+    """What decides about the latents, JSON-able: two encodings with equal settings can stand for each other."""
+    found = {name: getattr(config, name) for name in ("image_size", "codec", "crop", "buckets", "flip", "val_fraction")}
+    folder = Path(config.data).expanduser()
+    data = str(folder.resolve()) if folder.is_dir() else config.data
+    return {"data": data, **found, "codec_sha256": codec.fingerprint()}
+
+
+def encoding_of(run: RunConfig, folder: Path) -> EncodeConfig:
+    """The encoding whose latents a training is done on."""
+    names = {field.name for field in fields(EncodeConfig)} - {"out", "batch_size"}
+    return EncodeConfig(**{name: getattr(run, name) for name in names}, out=str(folder))
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest in a folder; None where there is none.
+
+    Raises:
+        UserError: it is damaged, or the folder holds something else.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        if manifest["format"] != 1:
+            raise ValueError(f"format {manifest['format']}")
+    except (FileNotFoundError, NotADirectoryError):
+        if folder.is_dir() and any(path.name != f"{MANIFEST}.partial" for path in folder.iterdir()):
+            raise UserError(f"{folder} holds something else than latents; choose another folder.") from None
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"The latents in {folder} are damaged ({error}); delete the folder and encode again."
+        ) from error
+    return manifest
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether an encoding in a folder came to its end.
+
+    Raises:
+        UserError: see `read_manifest`.
+    """
+    manifest = read_manifest(folder)
+    return manifest is not None and "shards" in manifest
+
+
+class _Batches(Dataset[tuple[Tensor, Tensor, list[str]]]):
+    """Pictures (B, 3, H, W) uint8, labels (B,) int64 and the names of those that can't be read, by shape and number."""
+
+    def __init__(self, source: Source, crop: str) -> None:
+        self.source = source
+        self.crop = crop
+
+    def __getitem__(self, key: tuple[Shape, tuple[int, ...]]) -> tuple[Tensor, Tensor, list[str]]:
+        shape, indices = key
+        images, labels, skipped = [torch.empty(0, 3, *shape, dtype=torch.uint8)], [], []
+        for index in indices:
+            try:
+                image, label = self.source.read(index)
+            except BadPictureError as error:
+                skipped.append(str(error))
+            else:
+                images.append(to_uint8(to_shape(image, shape, self.crop))[None])
+                labels.append(label)
+        return torch.cat(images), torch.tensor(labels, dtype=torch.int64), skipped
+
+
+class Encoding:
+    """An encoding, new or gone on with; of several processes each has one, and they share the work.
+
+    Making one does all that can fail because of what a person said; nothing is written.
+
+    Args:
+        config: what to encode and where to, as `presets.resolve_encoding` gives it.
+        codec: the autoencoder that `config.codec` names.
+        state: this process among others; its device computes.
+
+    Raises:
+        UserError: the data can't be had, the pixel codec is meant, the size can't be divided, the disk is too small,
+            or the folder holds other latents.
+    """
+
+    def __init__(self, config: EncodeConfig, codec: Codec, state: PartialState) -> None:
+        if not isinstance(codec, AutoencoderCodec):
+            raise UserError(PIXELS_NEED_NO_CACHE)
+        multiple = check_size(config.image_size, config.codec, codec.factor)
+        self.config, self.codec, self.state = config, codec, state
+        self.folder = Path(config.out or "").expanduser()
+        self.source = open_source(config.data)
+        chosen, held_out = split(self.source, config.val_fraction)
+        square = (config.image_size, config.image_size)
+        shapes = bucket_shapes(config.image_size, multiple) if config.buckets else [square]
+        numbered = [(index, 0) for index in chosen]
+        self._unreadable: list[str] = []
+        if config.buckets:
+            numbered, self._unreadable = choose_shapes(self.source, chosen, shapes)
+        self._plan: dict[str, Any] = {
+            "format": 1,
+            "settings": settings(config, codec),
+            "batch_size": config.batch_size,  # other batches would round differently
+            "pictures": len(numbered),
+            "held_out": len(held_out),
+            "label_names": self.source.label_names,
+        }
+        self._shards = list(self._cut(numbered, shapes))
+        self._check_folder()
+        self._done = {shard.file for shard in self._shards if self._facts(shard) is not None}
+        free = shutil.disk_usage(_nearest_existing(self.folder)).free
+        if self.bytes_to_write > free:
+            raise UserError(
+                f"The latents of {config.data} take {_amount(self.bytes_to_write)} more, but {self.folder} has "
+                f"{_amount(free)} free; choose a folder on a larger disk by --out."
+            )
+
+    def _cut(self, numbered: list[tuple[int, int]], shapes: list[Shape]) -> Iterator[_Shard]:
+        parts: list[tuple[Shape, tuple[int, ...]]] = []
+        for number, shape in enumerate(shapes):
+            indices = [index for index, chosen in numbered if chosen == number]
+            parts += [(shape, tuple(indices[i : i + _SHARD])) for i in range(0, len(indices), _SHARD)]
+        for number, (shape, part) in enumerate(parts):
+            yield _Shard(f"shard-{number:05d}-of-{len(parts):05d}.safetensors", shape, part)
+
+    def _check_folder(self) -> None:
+        found = read_manifest(self.folder)
+        if found is None:
+            return
+        before, now = ({**plan["settings"], **plan, "settings": None} for plan in (found, self._plan))
+        for name, value in now.items():
+            if before.get(name) != value:
+                raise UserError(
+                    f"{self.folder} holds latents with {name} {before.get(name)}, not {value}; choose another folder, "
+                    "or delete this one."
+                )
+
+    def _facts(self, shard: _Shard) -> dict[str, Any] | None:
+        """What a finished shard tells of itself; None where it is missing or cut short."""
+        try:
+            with safe_open(self.folder / shard.file, "pt") as file:
+                return json.loads(file.metadata()["facts"])
+        except (OSError, SafetensorError):
+            return None
+
+    @property
+    def bytes_to_write(self) -> int:
+        """What the missing shards will take, within a thousandth."""
+        kinds = (2 if self.codec.is_random else 1) * (2 if self.config.flip else 1)
+        area = self.config.image_size // self.codec.factor
+        pictures = sum(len(shard.indices) for shard in self._shards if shard.file not in self._done)
+        return pictures * (kinds * self.codec.channels * area**2 * 2 + 8)
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return len(self._done) == len(self._shards) and is_whole(self.folder)
+
+    def summary(self) -> str:
+        """What is about to be encoded, in one line."""
+        free = shutil.disk_usage(_nearest_existing(self.folder)).free
+        start = f", going on after {len(self._done)} of {len(self._shards)} shards" if self._done else ""
+        return (
+            f"Encoding {self._plan['pictures']} pictures of {self.config.image_size} px "
+            f"({self._plan['held_out']} held out) by {self.config.codec} to {self.folder}: "
+            f"{_amount(self.bytes_to_write)} of disk, {_amount(free)} free{start}"
+        )
+
+    def run(self) -> None:
+        """Encode what is missing, with a progress bar.
+
+        Raises:
+            UserError: the folder can't be written to, or the autoencoder gives no numbers.
+        """
+        if self.finished:
+            return
+        try:
+            if self.state.is_main_process:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._write(self._plan)
+            self.state.wait_for_everyone()
+            with self.codec.on(self.state.device):
+                self._encode_missing()
+            self.state.wait_for_everyone()
+            if self.state.is_main_process:
+                self._write(self._finished_manifest())
+            self.state.wait_for_everyone()
+        except OSError as error:
+            raise UserError(f"{self.folder} can't be written to: {error.strerror}.") from error
+
+    def _encode_missing(self) -> None:
+        state = self.state
+        mine = self._shards[state.process_index :: state.num_processes]
+        missing = [shard for shard in mine if shard.file not in self._done]
+        step = self.config.batch_size
+        keys = [
+            (shard.shape, shard.indices[i : i + step]) for shard in missing for i in range(0, len(shard.indices), step)
+        ]
+        loader = DataLoader(
+            _Batches(self.source, self.config.crop),
+            sampler=keys,
+            batch_size=None,
+            num_workers=at_most_cores(self.config.workers),
+        )
+        batches = iter(loader)
+        share = f" (part 1 of {state.num_processes})" if state.num_processes > 1 else ""
+        with tqdm(
+            total=sum(len(shard.indices) for shard in mine),
+            initial=sum(len(shard.indices) for shard in mine if shard.file in self._done),
+            desc=f"Encoding{share}",
+            unit="picture",
+            disable=not state.is_main_process,
+        ) as bar:
+            for shard in missing:
+                parts, skipped = [], []
+                for start in range(0, len(shard.indices), step):
+                    images, labels, bad = next(batches)
+                    parts.append({**self._posteriors(images), "label": labels})
+                    skipped += bad
+                    bar.update(len(shard.indices[start : start + step]))
+                tensors = {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
+                facts = {"pictures": len(tensors["label"]), "unreadable": skipped, "sums": _sums(tensors)}
+                partial = self.folder / f"{shard.file}.partial"
+                save_file(tensors, partial, {"facts": json.dumps(facts)})
+                os.replace(partial, self.folder / shard.file)
+
+    def _posteriors(self, images: Tensor) -> dict[str, Tensor]:
+        pictures = to_float(images)
+        found: dict[str, Tensor] = {}
+        for ending, seen in (("", pictures), ("_flipped", pictures.flip(-1)))[: 2 if self.config.flip else 1]:
+            mean, std = self.codec.posterior(seen) if len(seen) else self._none(seen)
+            for name, values in ((f"mean{ending}", mean), (f"std{ending}", std)):
+                if values is not None:
+                    # half: off by 5e-4 of a value at most, where training rounds to bfloat16 next
+                    found[name] = values.half().cpu()
+                    if not found[name].isfinite().all():
+                        raise UserError(f"The codec {self.config.codec} gives latents that are no numbers.")
+        return found
+
+    def _none(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The posteriors of no pictures."""
+        empty = torch.empty(0, self.codec.channels, *(side // self.codec.factor for side in images.shape[-2:]))
+        return empty, empty if self.codec.is_random else None
+
+    def _write(self, manifest: dict[str, Any]) -> None:
+        partial = self.folder / f"{MANIFEST}.partial"
+        partial.write_text(json.dumps(manifest, indent=1))
+        os.replace(partial, self.folder / MANIFEST)
+
+    def _finished_manifest(self) -> dict[str, Any]:
+        shards, unreadable, sums = [], list(self._unreadable), []
+        for shard in self._shards:
+            facts = self._facts(shard)
+            if facts is None:
+                raise UserError(f"{self.folder / shard.file} was taken away while others were written; encode again.")
+            unreadable += facts["unreadable"]
+            sums.append(facts["sums"])
+            if facts["pictures"]:
+                height, width = shard.shape
+                shards.append({"file": shard.file, "pictures": facts["pictures"], "height": height, "width": width})
+        if not shards:
+            raise UserError(f"Not one of the {len(self.source)} pictures can be read; the first: {unreadable[0]}.")
+        count, total, squares = (np.sum([part[i] for part in sums], axis=0) for i in range(3))
+        mean = total / count
+        std = np.sqrt(np.maximum(squares / count - mean**2, 1e-6))
+        statistics = {"mean": mean.tolist(), "std": std.tolist()}
+        return {**self._plan, "unreadable": unreadable, "statistics": statistics, "shards": shards}
+
+
+def _sums(tensors: dict[str, Tensor]) -> tuple[int, list[float], list[float]]:
+    """Number of values in a channel, and the sums over them of a drawn latent and of its square, as expected."""
+    axes = (0, 2, 3)
+    count, total, squares = 0, np.zeros(1), np.zeros(1)
+    for name, values in tensors.items():
+        if name == "label":
+            continue
+        numbers = values.double().numpy()
+        squares = squares + np.square(numbers).sum(axes)  # E[z^2] = mean^2 + std^2
+        if name.startswith("mean"):
+            count += numbers[:, 0].size
+            total = total + numbers.sum(axes)
+    return count, total.tolist(), squares.tolist()
+
+
+def _amount(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def _nearest_existing(path: Path) -> Path:
+    path = path.absolute()
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
+def encode(config: EncodeConfig) -> None:
+    """Encode a data set, or go on with it; of several processes the first says what is done and where it is.
+
+    Raises:
+        UserError: see `Encoding`.
+    """
+    state = process_state()
+    asked, config = config, resolve_encoding(config)
+    encoding = Encoding(config, make_codec(config.codec), state)
+    if not encoding.finished:
+        state.print(encoding.summary())
+    encoding.run()
+    same = "".join(
+        f" --{name.replace('_', '-')} {str(getattr(asked, name)).lower()}"
+        for name in ("crop", "buckets", "flip", "val_fraction")
+        if getattr(asked, name) != getattr(TrainConfig, name)
+    )
+    state.print(
+        f"Done: {config.out}. Train on it: liquid-diffusion train --data {config.data} --image-size "
+        f"{config.image_size} --codec {config.codec}{same} --cache-latents {config.out}"
+    )
