@@ -173,6 +173,12 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
         latents.set_statistics(state["mean"], state["std"])
         return latents
 
+    @property
+    def usual_shape(self) -> tuple[int, int]:
+        """Height and width of the pictures where nothing is said: those it was trained on, or most of them."""
+        trained = self.config["image_size"]
+        return (trained, trained) if isinstance(trained, int) else (trained[0], trained[1])
+
     def labels(self, class_labels: Sequence[str | int] | str | int | None, batch_size: int) -> Tensor | None:
         """Class names or numbers as (batch_size,) int64; one stands for all, None takes all classes in turn.
 
@@ -303,8 +309,7 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
             UserError: the size is not divisible by what codec and model need.
         """
         codec = self.codec
-        trained = self.config["image_size"]
-        usual_height, usual_width = (trained, trained) if isinstance(trained, int) else trained
+        usual_height, usual_width = self.usual_shape
         size = [usual_height if height is None else height, usual_width if width is None else width]
         multiple = codec.factor * self.unet.downscale
         if min(size) < 1 or any(side % multiple for side in size):

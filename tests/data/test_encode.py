@@ -184,7 +184,7 @@ def test_killed_at_random_20_times_it_ends_with_the_same_bytes(photos: Path, vae
     assert len(json.loads(done.stdout.splitlines()[-1])) >= 3  # places at which it was stopped
 
 
-TWO = """
+TWO = r"""
 import os, sys
 import liquid_diffusion.data.encode as module
 from liquid_diffusion.config import EncodeConfig

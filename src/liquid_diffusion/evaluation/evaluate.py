@@ -16,7 +16,7 @@ from tqdm import tqdm
 from liquid_diffusion.config import EvaluateConfig, UserError
 from liquid_diffusion.data.pictures import PictureDataset
 from liquid_diffusion.data.sources import open_source
-from liquid_diffusion.data.transforms import to_float, to_pil, to_uint8
+from liquid_diffusion.data.transforms import Shape, to_float, to_pil, to_uint8
 from liquid_diffusion.evaluation.features import extract, make_features
 from liquid_diffusion.evaluation.memorisation import WORST_PAIRS, Nearness, draw_pairs
 from liquid_diffusion.evaluation.metrics import LinearClassifier, compare, nearest_rows
@@ -61,12 +61,12 @@ def _thinned(dataset: PictureDataset) -> PictureDataset:
     if len(dataset) <= _LARGEST_REFERENCE:
         return dataset
     chosen = [dataset.indices[i * len(dataset) // _LARGEST_REFERENCE] for i in range(_LARGEST_REFERENCE)]
-    return PictureDataset(dataset.source, dataset.image_size, indices=chosen, crop=dataset.crop)
+    return PictureDataset(dataset.source, dataset.image_size, indices=chosen, crop=dataset.crop, shapes=dataset.shapes)
 
 
-def _reference(name: str, known: RunPictures | None, size: int, run: str) -> PictureDataset:
+def _reference(name: str, known: RunPictures | None, shape: Shape, run: str) -> PictureDataset:
     if name not in ("val", "train", "all"):
-        return _thinned(PictureDataset(open_source(name), size))
+        return _thinned(PictureDataset(open_source(name), max(shape), shapes=[shape]))
     if known is None:
         raise UserError(
             f"{run} does not say what it was trained on: give real pictures by --reference, a folder or a data set."
@@ -78,7 +78,8 @@ def _reference(name: str, known: RunPictures | None, size: int, run: str) -> Pic
     if name == "train" or known.held_out is None:
         return _thinned(known.train)
     everything = sorted(known.train.indices + known.held_out.indices)
-    return _thinned(PictureDataset(known.train.source, size, indices=everything, crop=known.train.crop))
+    both = PictureDataset(known.train.source, max(shape), indices=everything, crop=known.train.crop, shapes=[shape])
+    return _thinned(both)
 
 
 def _memory(
@@ -122,10 +123,10 @@ def measure(run: str | None, config: EvaluateConfig) -> tuple[dict[str, Any], Im
     pipeline = load_pipeline(run).to(device)
     pipeline.set_progress_bar_config(disable=True)
     folder = find_run(run)
-    size, names = pipeline.config["image_size"], pipeline.config["label_names"]
+    shape, names = pipeline.usual_shape, pipeline.config["label_names"]
     extractor = make_features(config.features, device)
-    known = pictures_of_run(folder, size, size)
-    reference = _reference(config.reference, known, size, folder)
+    known = pictures_of_run(folder, *shape)
+    reference = _reference(config.reference, known, shape, folder)
     cached = CachedFeatures(extractor, device)
 
     labels = None
