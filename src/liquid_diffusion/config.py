@@ -69,6 +69,8 @@ class TrainConfig:
     checkpoint_every: int = _option(500, "steps between checkpoints")
     sample_every: int = _option(500, "steps between grids of samples")
     log_every: int = _option(10, "steps between lines of metrics.jsonl")
+    push_to_hub: str | None = _option(None, "OWNER/NAME on the Hub, to which the trained model is pushed at the end")
+    hub_private: bool = _option(False, "a new repository on the Hub is private")
 
     def __post_init__(self) -> None:
         at_least_one = ("image_size", "steps", "batch_size", "gradient_accumulation", "checkpoint_every")
@@ -206,8 +208,9 @@ class EstimateConfig:
 class ExportConfig:
     """A trained model for other programs."""
 
-    to: Literal["diffusers", "onnx"] = _option("diffusers", "diffusers or onnx")
-    out: str = _option("exported", "a new or empty folder")
+    to: Literal["diffusers", "onnx", "hub"] = _option("diffusers", "diffusers, onnx or hub")
+    out: str = _option("exported", "a new or empty folder; for hub OWNER/NAME")
+    private: bool = _option(False, "a new repository on the Hub is private")
 
 
 @dataclass(frozen=True)

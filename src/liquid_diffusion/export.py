@@ -1,4 +1,4 @@
-"""A trained model for other programs: a diffusers pipeline folder, or ONNX with its configuration beside it."""
+"""A trained model for others: a diffusers pipeline folder, the Hub, or ONNX with its configuration beside it."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch.export import Dim
 from liquid_diffusion.config import ExportConfig, UserError
 from liquid_diffusion.models.unet import LiquidUNet
 from liquid_diffusion.pipeline import LiquidDiffusionPipeline, load_pipeline
+from liquid_diffusion.publish import publish
 
 
 class _Velocity(nn.Module):
@@ -77,9 +78,11 @@ def export(run: str | None, config: ExportConfig) -> str:
     """Export a run to `config.out`; says in words where it is.
 
     Raises:
-        UserError: the run can't be loaded, the place holds something already, or an extra is missing.
+        UserError: the run can't be loaded, the place holds something already, an extra is missing, or the Hub refuses.
     """
     disable_progress_bar()  # of the parts being loaded
+    if config.to == "hub":
+        return publish(run, config.out, config.private)
     pipeline = load_pipeline(run)
     folder = Path(config.out).expanduser()
     try:

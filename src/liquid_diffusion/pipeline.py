@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import json
 import math
 from collections.abc import Callable, Generator, Sequence
 from importlib import resources
@@ -22,7 +20,7 @@ from diffusers import (
 )
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
@@ -31,22 +29,15 @@ from liquid_diffusion.codecs import AutoencoderCodec, Codec, PixelCodec
 from liquid_diffusion.compile import compile_for_sampling
 from liquid_diffusion.config import GUIDANCE, UserError
 from liquid_diffusion.data.transforms import to_pil
+from liquid_diffusion.model_index import INDEX, complete, with_own_classes
 from liquid_diffusion.sampling import SampleStep, Velocity, for_flow, guide, sample_steps, solver_times
 
 if TYPE_CHECKING:  # the class is named, not imported, so that a bundle of the pipeline has no second one
     from liquid_diffusion.models.unet import LiquidUNet
 
+# The model that comes with the package: what RUN means where it is left out.
+SHIPPED = Path(str(resources.files("liquid_diffusion"))) / "shipped" / "nano-emoji"
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-_MODEL_FILE = "modeling_liquid_unet"
-_INDEX = "model_index.json"
-
-
-def _standalone(cls: type) -> str:
-    """A file that defines a class without this package; a class that comes from such a file has it with it."""
-    if "__bundle__" in vars(cls):
-        return str(vars(cls)["__bundle__"])
-    # by name: diffusers looks through remote code for imports, and would ask everybody to install the package
-    return str(importlib.import_module("liquid_diffusion.bundle").bundle(cls))
 
 
 class LiquidDiffusionPipeline(DiffusionPipeline):
@@ -60,7 +51,7 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
         scheduler: any of diffusers' flow schedulers.
         vae: the autoencoder of the latents; None for a model of pixels.
         codec: `Codec.state` of the codec that the model was trained with; None for pixels as they are.
-        label_names: names of the classes, None for an unconditional model.
+        label_names: names of the classes, in their order or by their numbers; None for an unconditional model.
         image_size: side of the square pictures it was trained on, or their height and width.
     """
 
@@ -77,12 +68,14 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
         scheduler: SchedulerMixin,
         vae: AutoencoderKL | AutoencoderTiny | None = None,
         codec: dict[str, Any] | None = None,
-        label_names: list[str] | None = None,
+        label_names: list[str] | dict[str, str] | None = None,
         image_size: int | Sequence[int] = 32,
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
         codec = dict(codec or PixelCodec().state())
+        if isinstance(label_names, dict):
+            label_names = [label_names[str(i)] for i in range(len(label_names))]
         self.register_to_config(codec=codec, label_names=list(label_names or []), image_size=image_size)
         self._interrupt = False
 
@@ -91,14 +84,7 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
     def save_config(self, save_directory: str, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write model_index.json, and the code that a program without this package needs."""
         super().save_config(save_directory)
-        folder = Path(save_directory)
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        index.pop("_name_or_path", None)  # where it was loaded from is nobody's business
-        index |= {"_class_name": ["pipeline", type(self).__name__], "unet": [_MODEL_FILE, type(self.unet).__name__]}
-        (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        (folder / "pipeline.py").write_text(_standalone(type(self)), encoding="utf-8")
-        (folder / "unet").mkdir(exist_ok=True)
-        (folder / "unet" / f"{_MODEL_FILE}.py").write_text(_standalone(type(self.unet)), encoding="utf-8")
+        complete(Path(save_directory), type(self), type(self.unet), self.config["label_names"])
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> LiquidDiffusionPipeline:
@@ -117,6 +103,8 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
                 of_the_hub = ("revision", "token", "cache_dir", "force_download", "local_files_only")
                 wanted = {name: kwargs.pop(name) for name in of_the_hub if name in kwargs}
                 source = snapshot_download(source, allow_patterns=["*.json", "*.safetensors"], **wanted)
+                if not (Path(source) / INDEX).is_file():
+                    raise UserError(f"{pretrained_model_name_or_path} is no pipeline: it has no {INDEX}.")
             kwargs = {"use_safetensors": True, **kwargs, "trust_remote_code": False}
         return super().from_pretrained(source, **kwargs)
 
@@ -128,16 +116,9 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
             UserError: it is no pipeline of this package, or names classes that are not diffusers'.
         """
         index = super().load_config(pretrained_model_name_or_path, **kwargs)
-        if "__bundle__" in vars(cls):
-            return index
-        name, unet = index.get("_class_name"), index.get("unet") or [None, None]
-        if cls.__name__ not in (name, *(name if isinstance(name, list) else ())) or unet[1] != "LiquidUNet":
-            raise UserError(f"{pretrained_model_name_or_path} is no pipeline of liquid-diffusion, but a {name}.")
-        for part in ("scheduler", "vae"):
-            library, kind = index.get(part) or [None, None]
-            if library not in ("diffusers", None):
-                raise UserError(f"The {part} of {pretrained_model_name_or_path} is no part of diffusers: {kind}.")
-        return {**index, "_class_name": cls.__name__, "unet": ["liquid_diffusion.models.unet", "LiquidUNet"]}
+        return (
+            index if "__bundle__" in vars(cls) else with_own_classes(index, cls.__name__, pretrained_model_name_or_path)
+        )
 
     # ---- parts
 
@@ -372,7 +353,7 @@ def find_run(run: str | None) -> str:
     """
     if run is not None:
         return run
-    if not (SHIPPED / "model_index.json").is_file():
+    if not (SHIPPED / INDEX).is_file():
         raise UserError("There is no model in this installation: say RUN, e.g. after `liquid-diffusion train`.")
     return str(SHIPPED)
 
@@ -389,7 +370,7 @@ def load_pipeline(run: str | None) -> LiquidDiffusionPipeline:
     folder = Path(run).expanduser()
     if folder.is_dir():
         pipeline = folder / "pipeline" if (folder / "pipeline").is_dir() else folder
-        if not (pipeline / "model_index.json").is_file():
+        if not (pipeline / INDEX).is_file():
             raise UserError(f"{run} has no trained model yet: it is no run folder, or its first checkpoint is to come.")
         source = str(pipeline)
     elif folder.is_absolute() or run.startswith((".", "~")) or run.count("/") != 1:
@@ -398,6 +379,11 @@ def load_pipeline(run: str | None) -> LiquidDiffusionPipeline:
         source = run
     try:
         return LiquidDiffusionPipeline.from_pretrained(source).to(torch.float32)
+    except RepositoryNotFoundError as error:  # of a private one the Hub says the same
+        raise UserError(
+            f"There is no run folder {run!r}, and no model of that id on the Hub that you may see; if it is private, "
+            "log in by `hf auth login` or set HF_TOKEN."
+        ) from error
     except (OSError, SafetensorError, HFValidationError) as error:
         if folder.is_dir():
             raise UserError(f"The model in {run} is damaged: {error}") from error

@@ -33,6 +33,7 @@ from liquid_diffusion.hardware import at_most_cores, choose_precision, keep_free
 from liquid_diffusion.models.unet import LiquidUNet
 from liquid_diffusion.pipeline import LiquidDiffusionPipeline
 from liquid_diffusion.presets import check_size, resolve
+from liquid_diffusion.publish import prepare, publish
 from liquid_diffusion.sampling import make_scheduler, seeded_generators
 from liquid_diffusion.training.checkpoint import CheckpointFolder
 from liquid_diffusion.training.run_folder import RunFolder
@@ -40,6 +41,7 @@ from liquid_diffusion.training.tracking import MetricsLog, StopRequest
 
 # What a run that goes on may change; all else would make it another run.
 _FREE = frozenset(("out", "steps", "lr", "checkpoint_every", "sample_every", "log_every", "workers", "cache_latents"))
+_FREE |= {"push_to_hub", "hub_private"}
 _GRID_COLUMNS = 8
 _FIT_PICTURES = 256
 _FIT_PICTURES_CPU_VAE = 16  # the SD-VAE takes 4 s a picture of 256 px on a CPU core
@@ -111,6 +113,8 @@ class Trainer:
         self.step = 0
         if found is not None:
             self._load(*found)
+        if run.push_to_hub:
+            prepare(run.push_to_hub, run.hub_private)
         if self.accelerator.is_main_process:
             self.folder.begin(run)
             self.folder.note_skipped(self.dataset.skipped, self.dataset.total)
@@ -358,7 +362,18 @@ class Trainer:
                     break
                 if not losses:
                     since = time.perf_counter()
+        if self.finished and config.push_to_hub and main:
+            print(self._publish(config.push_to_hub))
         return self.finished
+
+    def _publish(self, repo: str) -> str:
+        try:
+            return publish(str(self.folder.path), repo, self.config.hub_private)
+        except UserError as error:
+            raise UserError(
+                f"{self.folder.path} is trained and saved, but not on the Hub. {error} Then: "
+                f"liquid-diffusion export {self.folder.path} --to hub --out {repo}"
+            ) from error
 
     def _anyone(self, wanted: bool) -> bool:
         """Whether any process wants it."""
