@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from liquid_diffusion.cli import main
 from liquid_diffusion.config import EstimateConfig, UserError
-from liquid_diffusion.estimate import estimate, largest_batch
+from liquid_diffusion.estimate import estimate, largest_batch, shortage
 from liquid_diffusion.models.unet import LiquidUNet
 
 NANO = EstimateConfig(model="nano", image_size=64, batch_size=4, codec="pixels", num_classes=9)
@@ -83,3 +84,21 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert "image_size 100 can't be divided by 32" in capsys.readouterr().err
     with pytest.raises(UserError, match="gpu_memory must be above 0"):
         EstimateConfig(gpu_memory=0)
+
+
+def test_shortage_is_told_with_the_batch_that_fits() -> None:
+    config = EstimateConfig(model="nano", image_size=32, codec="pixels", batch_size=64)
+    needed = estimate(config).peak_bytes
+    assert shortage(config, 2 * needed) is None
+    warning = shortage(config, needed)  # a tenth is kept free
+    assert warning is not None
+    batch = int(re.search(r"--batch-size (\d+)", warning)[1])  # type: ignore[index]
+    assert 48 < batch < 64
+    assert estimate(replace(config, batch_size=batch)).peak_bytes <= 0.9 * needed
+    assert "not even one picture" in (shortage(config, 2**20) or "")
+
+
+def test_averages_in_the_computers_memory_spare_the_card() -> None:
+    config = EstimateConfig(model="nano", image_size=32, codec="pixels")
+    spared = estimate(config).peak_bytes - estimate(replace(config, ema_on_cpu=True)).peak_bytes
+    assert spared == 4 * sum(p.numel() for p in LiquidUNet.from_preset("nano", 12).parameters())

@@ -41,6 +41,8 @@ def _train(arguments: dict[str, Any]) -> int:
         say(f"{run.path} has reached its {trainer.step} steps; give more --steps to train on.")
         return 0
     say(trainer.summary())
+    if warning := trainer.memory_warning():
+        say(warning)
     if trainer.run():
         say(f"Done: {run.path}/samples. More pictures: liquid-diffusion sample {run.path}")
         return 0

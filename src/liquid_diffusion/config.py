@@ -53,6 +53,7 @@ class TrainConfig:
     gradient_checkpointing: bool = _option(False, "compute activations twice, to save memory")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = _option("auto", "arithmetic; auto is the best the machine has")
     ema_decay: float = _option(0.999, "decay of the averaged weights, reached after its own warm-up")
+    ema_on_cpu: bool = _option(False, "keep the averaged weights in the computer's memory, to save the card's")
     label_dropout: float = _option(0.1, "share of labels hidden in training, which makes guidance possible")
     time_sampling: Literal["logit-normal", "uniform"] = _option("logit-normal", "distribution of the training times")
     crop: Literal["center", "random", "pad"] = _option(
@@ -192,6 +193,7 @@ class EstimateConfig:
     num_classes: int = _option(0, "number of classes")
     precision: Literal["bf16", "fp16", "fp32"] = _option("bf16", "arithmetic of the device")
     gradient_checkpointing: bool = _option(False, "compute activations twice, to save memory")
+    ema_on_cpu: bool = _option(False, "averaged weights in the computer's memory")
     gpu_memory: float | None = _option(None, "GiB of a card, whose largest batch is asked for")
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ come from the code that trains, not from a formula about it.
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -84,6 +85,7 @@ def _encode_on_fakes(config: EstimateConfig) -> tuple[int, int]:
     return weights, sum(size for kind, size in _peak(tracker).items() if kind in ("Activation", "Temp"))
 
 
+@functools.lru_cache
 def estimate(config: EstimateConfig) -> Estimate:
     """The memory of training as `config` says, on a device that computes in its precision.
 
@@ -100,7 +102,7 @@ def estimate(config: EstimateConfig) -> Estimate:
     state = {
         "weights": 4 * parameters,
         "optimiser": 8 * parameters,  # two moments; the fused AdamW needs nothing beside them
-        "averaged weights": 4 * parameters,
+        "averaged weights": 0 if config.ema_on_cpu else 4 * parameters,
         "vae": vae,
     }
     step = {
@@ -128,6 +130,25 @@ def largest_batch(config: EstimateConfig, gigabytes: float) -> int:
     while peak(batch + 1) <= room:
         batch += 1
     return batch
+
+
+def shortage(config: EstimateConfig, free_bytes: int) -> str | None:
+    """A warning in words where a training needs more than what is free on a card, or None.
+
+    Args:
+        config: the training; its batch is what is computed at once.
+        free_bytes: on the card.
+    """
+    needed = estimate(config).peak_bytes
+    if needed <= _USABLE * free_bytes:
+        return None
+    free = free_bytes / 2**30
+    batch = largest_batch(config, free)
+    way_out = f"--batch-size {batch} would" if batch else "not even one picture at a time would"
+    return (
+        f"This training needs about {needed / 2**30:.1f} GiB and {free:.1f} are free: {way_out}. Other ways: "
+        "--gradient-accumulation, --gradient-checkpointing true, --ema-on-cpu true."
+    )
 
 
 def report(config: EstimateConfig, as_json: bool = False) -> str:

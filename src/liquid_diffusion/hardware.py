@@ -62,6 +62,13 @@ def at_most_cores(processes: int) -> int:
     return min(processes, cores)
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Bytes of a CUDA card that this process may still take or has taken already; None for other devices."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+
+
 def keep_freed_memory() -> None:
     """Let a training on the CPU use its freed memory again instead of giving it back to the kernel each step.
 

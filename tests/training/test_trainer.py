@@ -453,3 +453,21 @@ def test_latents_of_a_folder(quick: Make, photos: Path, vae: Path, tmp_path: Pat
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match="A random crop differs each time"):
         quick(**settings, crop="random")
+
+
+def test_averages_in_the_computers_memory_are_the_same(quick: Make, tmp_path: Path) -> None:
+    trainers = [Trainer(quick(ema_on_cpu=choice, out=str(tmp_path / str(choice)))) for choice in (False, True)]
+    for trainer in trainers:
+        list(trainer.steps())
+    on_device, on_cpu = (trainer.ema.shadow_params for trainer in trainers)
+    assert all(torch.equal(a, b) for a, b in zip(on_device, on_cpu, strict=True))
+    weights = list(trainers[1].model.parameters())
+    assert not all(torch.equal(a, b) for a, b in zip(on_cpu, weights, strict=True))
+
+
+def test_a_card_that_is_too_small_is_told_of(quick: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(quick(gradient_accumulation=2))
+    assert trainer.memory_warning() is None  # there is no card
+    for free, told in ((2**40, False), (2**26, True)):
+        monkeypatch.setattr("liquid_diffusion.training.trainer.free_memory", lambda device, free=free: free)
+        assert (trainer.memory_warning() is not None) == told

@@ -20,16 +20,17 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from liquid_diffusion.codecs import AutoencoderCodec, make_codec
-from liquid_diffusion.config import TrainConfig, UserError
+from liquid_diffusion.config import EstimateConfig, TrainConfig, UserError
 from liquid_diffusion.data.encode import Encoding, encoding_of, is_whole
 from liquid_diffusion.data.latents import LatentDataset
 from liquid_diffusion.data.pictures import BucketedBatches, PictureDataset, collate
 from liquid_diffusion.data.shapes import bucket_shapes
 from liquid_diffusion.data.sources import open_source
 from liquid_diffusion.data.split import split
+from liquid_diffusion.estimate import shortage
 from liquid_diffusion.flow import flow_loss, interpolate, sample_times, velocity
 from liquid_diffusion.grid import draw_grid
-from liquid_diffusion.hardware import at_most_cores, choose_precision, keep_freed_memory, process_state
+from liquid_diffusion.hardware import at_most_cores, choose_precision, free_memory, keep_freed_memory, process_state
 from liquid_diffusion.models.unet import LiquidUNet
 from liquid_diffusion.pipeline import LiquidDiffusionPipeline
 from liquid_diffusion.presets import check_size, resolve
@@ -40,8 +41,9 @@ from liquid_diffusion.training.run_folder import RunFolder
 from liquid_diffusion.training.tracking import MetricsLog, StopRequest
 
 # What a run that goes on may change; all else would make it another run.
-_FREE = frozenset(("out", "steps", "lr", "checkpoint_every", "sample_every", "log_every", "workers", "cache_latents"))
-_FREE |= {"push_to_hub", "hub_private"}
+_FREE = frozenset(
+    ("out", "steps", "lr", "checkpoint_every", "sample_every", "log_every", "workers", "cache_latents", "ema_on_cpu")
+) | {"push_to_hub", "hub_private"}
 _GRID_COLUMNS = 8
 _FIT_PICTURES = 256
 _FIT_PICTURES_CPU_VAE = 16  # the SD-VAE takes 4 s a picture of 256 px on a CPU core
@@ -107,6 +109,7 @@ class Trainer:
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         # after prepare, which gives every process the weights of the first
         self.ema = EMAModel(self.model.parameters(), decay=run.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
+        self.ema.to("cpu" if run.ema_on_cpu else device)
         if isinstance(self.codec, AutoencoderCodec) and not run.cache_latents:  # else it is there for grids only
             self.codec.vae.to(device)
 
@@ -164,6 +167,24 @@ class Trainer:
             f"{self.config.image_size} px{shapes} ({self.held_out} more held out), codec {self.config.codec}, "
             f"{self.accelerator.device.type} in {precision}, to {self.folder.path}{start}"
         )
+
+    def memory_warning(self) -> str | None:
+        """Whether the training won't fit the card, in words, before it is tried; None where it does or nobody knows."""
+        run, free = self.config, free_memory(self.accelerator.device)
+        if free is None or run.codec not in ("pixels", "sd-vae"):
+            return None
+        precision = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}[self.accelerator.mixed_precision]
+        wanted = EstimateConfig(
+            model=run.model,
+            image_size=run.image_size,
+            batch_size=run.batch_size // run.gradient_accumulation,
+            codec=run.codec,
+            num_classes=len(self.dataset.label_names),
+            precision=precision,  # type: ignore[arg-type]  # one of the three
+            gradient_checkpointing=run.gradient_checkpointing,
+            ema_on_cpu=run.ema_on_cpu,
+        )
+        return shortage(wanted, free)
 
     def _check_same_run(self, facts: dict[str, Any]) -> None:
         before = {field.name: field.default for field in fields(TrainConfig)} | facts["config"]  # it may be older
@@ -224,7 +245,7 @@ class Trainer:
             )
         self.accelerator.load_state(str(folder))
         self.ema.load_state_dict(torch.load(folder / "ema.pt", map_location="cpu", weights_only=True))
-        self.ema.to(self.accelerator.device)
+        self.ema.to("cpu" if self.config.ema_on_cpu else self.accelerator.device)
         generator = folder / f"generator-{self.accelerator.process_index}.pt"
         self.generator.set_state(torch.load(generator, map_location="cpu", weights_only=True))
         self.codec.set_statistics(facts["codec"]["mean"], facts["codec"]["std"])
@@ -304,8 +325,14 @@ class Trainer:
         self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.ema.step(self.model.parameters())
+        self._average()
         return total
+
+    def _average(self) -> None:
+        parameters: list[Tensor] = list(self.model.parameters())
+        if self.config.ema_on_cpu:  # EMAModel averages what wants a gradient, and copies all else
+            parameters = [parameter.detach().cpu().requires_grad_() for parameter in parameters]
+        self.ema.step(parameters)
 
     @property
     def learning_rate(self) -> float:
