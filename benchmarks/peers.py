@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from blocks import DiCoBlock, FCDMBlock, in_our_frame
 from diffusers import DiTTransformer2DModel, UNet2DModel
+from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
 from liquid_diffusion.models.layers import ConditionEmbedding, Downsample, Upsample
+from liquid_diffusion.models.unet import LiquidUNet
 from liquid_diffusion.presets import preset
 
-# Chosen so that the parameters are those of our preset, within 5 % (checked by `peer`).
+# Chosen so that the parameters are those of our preset, within 5 % (`check_size` tells).
 _UNET_WIDTHS = {"nano": (64, 96, 128), "tiny": (96, 160, 288), "small": (160, 288, 512), "base": (224, 448, 736)}
+_UNET_WIDTHS_WITHOUT_ATTENTION = {"nano": (64, 64, 160), "tiny": (128, 160, 288)}
+_DICO_SHAPES = {"nano": ((64, 128, 160), (1, 2, 3)), "tiny": ((96, 192, 256), (2, 3, 6))}  # widths, depths
+_FCDM_SHAPES = {"nano": ((64, 128, 224), (1, 2, 3)), "tiny": ((96, 192, 256), (3, 4, 10))}
 _DIT_SHAPES = {"nano": (6, 3, 72), "tiny": (7, 6, 66), "small": (12, 8, 67), "base": (15, 12, 60)}  # layers, heads
 
 
@@ -29,29 +35,46 @@ class Peer(nn.Module):
         return self.model(x, 1000 * t, class_labels=labels).sample
 
 
-def unet2d(name: str, channels: int, num_classes: int, size: int) -> Peer:
-    """diffusers' UNet2DModel of three stages with attention at the two coarser ones, as its training example has it."""
+def unet2d(name: str, channels: int, num_classes: int, size: int, attention: bool = True) -> Peer:
+    """diffusers' UNet2DModel of three stages, with attention at the two coarser ones, as its training example has it,
+    or with none at all."""
+    kind = "Attn" if attention else ""
     return Peer(
         UNet2DModel(
             sample_size=size, in_channels=channels, out_channels=channels, layers_per_block=2,
-            block_out_channels=_UNET_WIDTHS[name], num_class_embeds=num_classes + 1,
-            down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(_UNET_WIDTHS if attention else _UNET_WIDTHS_WITHOUT_ATTENTION)[name],
+            down_block_types=("DownBlock2D", f"{kind}DownBlock2D", f"{kind}DownBlock2D"),
+            up_block_types=(f"{kind}UpBlock2D", f"{kind}UpBlock2D", "UpBlock2D"),
+            add_attention=attention, num_class_embeds=num_classes + 1,
         ),
         num_classes,
     )  # fmt: skip
+
+
+def dico(name: str, channels: int, num_classes: int) -> LiquidUNet:
+    """Our frame with DiCo's blocks."""
+    return in_our_frame(DiCoBlock, channels, num_classes, *_DICO_SHAPES[name])
+
+
+def fcdm(name: str, channels: int, num_classes: int) -> LiquidUNet:
+    """Our frame with FCDM's blocks."""
+    return in_our_frame(FCDMBlock, channels, num_classes, *_FCDM_SHAPES[name])
 
 
 def dit(name: str, channels: int, num_classes: int, size: int) -> Peer:
-    """diffusers' DiTTransformer2DModel with patches of 2."""
+    """diffusers' DiTTransformer2DModel with patches of 2.
+
+    In training it would hide a tenth of the labels by itself, behind a null label of its own; ours are hidden already.
+    """
     layers, heads, head = _DIT_SHAPES[name]
-    return Peer(
-        DiTTransformer2DModel(
-            num_attention_heads=heads, attention_head_dim=head, num_layers=layers, in_channels=channels,
-            sample_size=size, patch_size=2, num_embeds_ada_norm=num_classes + 1,
-        ),
-        num_classes,
+    model = DiTTransformer2DModel(
+        num_attention_heads=heads, attention_head_dim=head, num_layers=layers, in_channels=channels,
+        sample_size=size, patch_size=2, num_embeds_ada_norm=num_classes + 1,
     )  # fmt: skip
+    for module in model.modules():
+        if isinstance(module, LabelEmbedding):
+            module.dropout_prob = 0.0
+    return Peer(model, num_classes)
 
 
 class EagerBlock(nn.Module):

@@ -56,7 +56,7 @@ class LiquidUNet(ModelMixin, ConfigMixin):
         condition_channels = 4 * widths[0]
 
         def blocks(width: int, depth: int) -> nn.ModuleList:
-            return nn.ModuleList(LiquidBlock(width, condition_channels, ratio, gate, relaxation) for _ in range(depth))
+            return nn.ModuleList(self.make_block(width, condition_channels) for _ in range(depth))
 
         self.condition = ConditionEmbedding(widths[0], condition_channels, num_classes)
         self.stem = nn.Sequential(
@@ -90,6 +90,11 @@ class LiquidUNet(ModelMixin, ConfigMixin):
             depths=shape.depths,
             ratio=shape.ratio,
         )
+
+    def make_block(self, channels: int, condition_channels: int) -> nn.Module:
+        """A block (B, C, H, W), (B, T) -> (B, C, H, W). A subclass may give another one; the frame around it stays."""
+        config = self.config
+        return LiquidBlock(channels, condition_channels, config.ratio, config.gate, config.relaxation)
 
     def reset_parameters(self) -> None:
         """Every block starts as the identity and the prediction at zero; see `ParallelCfC.reset_parameters`."""

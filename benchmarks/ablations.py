@@ -1,0 +1,256 @@
+"""Variants of the liquid block, by name: each changes one thing of the block that the presets ship.
+
+Where a variant has fewer or more parameters, its feed-forward is made wider or narrower until the model has as many as
+ours within 5 %, so that a comparison tells of the change and not of the size.
+
+Shapes: B batch, C channels, H W height and width, T width of the condition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from blocks import GlobalResponseNorm, in_our_frame
+from torch import Tensor, nn
+
+from liquid_diffusion.flow import TimeSampling
+from liquid_diffusion.models.depthwise import depthwise_conv7, merge_kernels
+from liquid_diffusion.models.layers import channel_norm
+from liquid_diffusion.models.liquid import (
+    Gate,
+    LiquidBlock,
+    MultiScaleSpatialMix,
+    ParallelCfC,
+    Relaxation,
+    liquid_relaxation,
+    modulate,
+)
+from liquid_diffusion.models.unet import LiquidUNet
+from liquid_diffusion.presets import preset
+
+_STEP = 32  # channels; a CPU computes slices of other sizes several times slower
+
+
+def feed_forward(channels: int, ratio: float) -> nn.Sequential:
+    """1x1 -> GELU -> 1x1, about `ratio` times as wide inside, in steps of 32 channels."""
+    inner = _STEP * max(1, round(ratio * channels / _STEP))
+    return nn.Sequential(nn.Conv2d(channels, inner, 1), nn.GELU(), nn.Conv2d(inner, channels, 1))
+
+
+class MeanRelaxation(ParallelCfC):
+    """The seed's form, ``alpha = exp(-lambda |mean(t_emb)|)``: one number for all channels, about 1 at the start."""
+
+    def __init__(self, channels: int, condition_channels: int) -> None:
+        super().__init__(channels, condition_channels, "liquid", "liquid")
+        del self.time_relaxation
+
+    def reset_parameters(self) -> None:
+        self.relaxation = "none"  # the parent would reset what is not there
+        super().reset_parameters()
+        self.relaxation = "liquid"
+
+    def alpha(self, condition: Tensor) -> Tensor:
+        return torch.exp(-self.log_rate.float().exp() * condition.float().mean(1, keepdim=True).abs())  # (B, C)
+
+
+class ContentFreeGate(ParallelCfC):
+    """A gate that knows the time alone: ``sigmoid(-b(t))``, the same for all pixels."""
+
+    def __init__(self, channels: int, condition_channels: int) -> None:
+        super().__init__(channels, condition_channels, "none", "liquid")
+        self.offset = nn.Linear(condition_channels, channels)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        g, h = self.heads(F.silu(self.backbone(x))).chunk(2, dim=1)  # (B, C, H, W) each
+        gate = torch.sigmoid(-self.offset(condition))[:, :, None, None].to(g.dtype)  # (B, C, 1, 1)
+        alpha = self.alpha(condition)[:, :, None, None].to(g.dtype)  # (B, C, 1, 1)
+        return liquid_relaxation(x, torch.lerp(h, g, gate), alpha)
+
+
+class SwiGLU(nn.Module):
+    """``W (silu(U x) * V x)`` (Shazeer, arXiv 2002.05202) where the liquid layer was, of the width of its heads."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.widen = nn.Conv2d(channels, 2 * channels, 1)
+        self.narrow = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        del condition  # it has modulated x
+        a, b = self.widen(x).chunk(2, dim=1)  # (B, C, H, W) each
+        return self.narrow(F.silu(a) * b)
+
+
+class Depthwise7(nn.Conv2d):
+    """A depthwise 7x7 convolution with our backward pass."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 7, padding=3, groups=channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return depthwise_conv7(x, self.weight, self.bias)
+
+
+class MixWithResponseNorm(MultiScaleSpatialMix):
+    """Global response normalisation in place of the gate from global pooling."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        del self.pool_gate
+        self.norm = GlobalResponseNorm(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = merge_kernels(self.kernel_3, self.kernel_5, self.kernel_7)  # (C, 1, 7, 7)
+        return self.project(self.norm(depthwise_conv7(x, kernel, self.bias)))
+
+
+class MixWithoutGate(MultiScaleSpatialMix):
+    """No gate."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        del self.pool_gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project(depthwise_conv7(x, merge_kernels(self.kernel_3, self.kernel_5, self.kernel_7), self.bias))
+
+
+class Variant(LiquidBlock):
+    """Our block, with a feed-forward of any width."""
+
+    def __init__(
+        self,
+        channels: int,
+        condition_channels: int,
+        ratio: float,
+        gate: Gate = "liquid",
+        relaxation: Relaxation = "liquid",
+    ) -> None:
+        super().__init__(channels, condition_channels, 1, gate, relaxation)
+        self.feed_forward = feed_forward(channels, ratio)
+
+
+class WithoutFeedForward(LiquidBlock):
+    """Two residual steps; the parameters go into the liquid layer, whose hidden features are `ratio` times as wide."""
+
+    def __init__(self, channels: int, condition_channels: int, ratio: float) -> None:
+        super().__init__(channels, condition_channels, 1)
+        del self.feed_forward
+        hidden = _STEP * max(1, round(ratio * channels / _STEP))
+        self.modulation = nn.Linear(condition_channels, 6 * channels)
+        self.cfc.backbone = nn.Conv2d(channels, hidden, 1)
+        self.cfc.heads = nn.Conv2d(hidden, 3 * channels, 1)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        m = self.modulation(condition)[:, :, None, None].chunk(6, dim=1)  # 6 x (B, C, 1, 1)
+        x = torch.addcmul(x, m[2], self.cfc(modulate(channel_norm(x), m[0], m[1]), condition))
+        return torch.addcmul(x, m[5], self.mix(modulate(channel_norm(x), m[3], m[4])))
+
+
+class WithoutOutputGates(Variant):
+    """``x <- x + part(modulate(norm(x)))``: no adaLN-zero, so that a new block is not the identity."""
+
+    def __init__(self, channels: int, condition_channels: int, ratio: float) -> None:
+        super().__init__(channels, condition_channels, ratio)
+        self.modulation = nn.Linear(condition_channels, 6 * channels)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        m = self.modulation(condition)[:, :, None, None].chunk(6, dim=1)  # 6 x (B, C, 1, 1)
+        x = x + self.cfc(modulate(channel_norm(x), m[0], m[1]), condition)
+        x = x + self.mix(modulate(channel_norm(x), m[2], m[3]))
+        return x + self.feed_forward(modulate(channel_norm(x), m[4], m[5]))
+
+
+def _with_liquid(make: Callable[[int, int], nn.Module]) -> Callable[[int, int, float], nn.Module]:
+    """Our block with another layer in the place of the liquid one."""
+
+    def block(channels: int, condition_channels: int, ratio: float) -> nn.Module:
+        variant = Variant(channels, condition_channels, ratio)
+        variant.cfc = make(channels, condition_channels)
+        return variant
+
+    return block
+
+
+def _with_mix(make: Callable[[int], nn.Module]) -> Callable[[int, int, float], nn.Module]:
+    def block(channels: int, condition_channels: int, ratio: float) -> nn.Module:
+        variant = Variant(channels, condition_channels, ratio)
+        variant.mix = make(channels)
+        return variant
+
+    return block
+
+
+def _with_backbone(make: Callable[[int], nn.Module]) -> Callable[[int, int, float], nn.Module]:
+    """A depthwise convolution in front of the 1x1 that makes the hidden features of the liquid layer."""
+
+    def block(channels: int, condition_channels: int, ratio: float) -> nn.Module:
+        variant = Variant(channels, condition_channels, ratio)
+        variant.cfc.backbone = nn.Sequential(make(channels), variant.cfc.backbone)
+        return variant
+
+    return block
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """A variant.
+
+    Attributes:
+        question: what it answers, in a few words for the table.
+        block: made of (channels, condition_channels, ratio).
+        times: the distribution of the training times.
+        equal: whether its parameters are matched; else it has what it has, and the table tells.
+    """
+
+    question: str
+    block: Callable[[int, int, float], nn.Module]
+    times: TimeSampling = "logit-normal"
+    equal: bool = True
+
+
+def _switched(gate: Gate, relaxation: Relaxation) -> Callable[[int, int, float], nn.Module]:
+    return lambda c, t, ratio: Variant(c, t, ratio, gate, relaxation)
+
+
+ABLATIONS = {
+    "liquid": Ablation("the block as it ships", Variant),
+    "gate static": Ablation("a gate without time", _switched("static", "liquid")),
+    "gate none": Ablation("no gate: the mean of two heads", _switched("none", "liquid")),
+    "gate content-free": Ablation("a gate of time alone", _with_liquid(ContentFreeGate)),
+    "relaxation none": Ablation("no relaxation", _switched("liquid", "none")),
+    "relaxation mean": Ablation("the seed's relaxation", _with_liquid(MeanRelaxation)),
+    "plain": Ablation("neither gate nor relaxation", _switched("none", "none")),
+    "plain, smaller": Ablation("neither, parameters not spent", _switched("none", "none"), equal=False),
+    "swiglu": Ablation("SwiGLU in the liquid layer's place", _with_liquid(lambda c, _: SwiGLU(c))),
+    "backbone 3x3": Ablation(
+        "depthwise 3x3 before the heads", _with_backbone(lambda c: nn.Conv2d(c, c, 3, padding=1, groups=c))
+    ),
+    "backbone 7x7": Ablation("depthwise 7x7 before the heads", _with_backbone(Depthwise7)),
+    "no feed-forward": Ablation("its parameters in the liquid layer", WithoutFeedForward),
+    "mix grn": Ablation("response norm for the pooling gate", _with_mix(MixWithResponseNorm)),
+    "mix no gate": Ablation("no pooling gate", _with_mix(MixWithoutGate)),
+    "no adaln-zero": Ablation("residual steps without output gates", WithoutOutputGates),
+    "times uniform": Ablation("training times uniform", Variant, times="uniform"),
+}
+
+
+def ablated(name: str, size: str, channels: int, num_classes: int) -> LiquidUNet:
+    """The variant called `name` in the shape of a preset, with its parameters matched by the feed-forward's width."""
+    shape, ablation = preset(size), ABLATIONS[name]
+
+    def build(ratio: float) -> LiquidUNet:
+        def block(width: int, condition_channels: int) -> nn.Module:
+            return ablation.block(width, condition_channels, ratio)
+
+        return in_our_frame(block, channels, num_classes, shape.widths, shape.depths)
+
+    if not ablation.equal or name == "liquid":
+        return build(shape.ratio)
+    with torch.device("meta"):
+        wanted = LiquidUNet.from_preset(size, channels, num_classes).num_parameters()
+        few, many = build(1).num_parameters(), build(9).num_parameters()
+    return build(1 + 8 * (wanted - few) / (many - few))  # but for rounding, parameters are linear in the ratio

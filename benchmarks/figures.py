@@ -1,0 +1,261 @@
+"""Tables and plots of the documentation, made from the CSV files in benchmarks/results and from nothing else.
+
+    python benchmarks/figures.py
+
+A table stands in docs/ablations.md between two comments with its name, and is written there anew.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+QUALITY = RESULTS / "quality.csv"
+CAUSAL = RESULTS / "causal.csv"
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "ablations.md"
+NOT_YET = "*Not run yet.*"
+
+_CLEAR = 2  # standard errors; less is called no difference
+_SEEDS = 3  # at least, for a claim
+
+Row = dict[str, str]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """All rows of a CSV; none where there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def mean_and_error(rows: list[Row], key: str = "kd") -> tuple[float, float]:
+    """Mean over trainings and its standard error.
+
+    That is the larger of two: what the seeds tell, and what the pictures of each figure alone leave open. Three seeds
+    may lie together by chance.
+    """
+    values = [float(row[key]) for row in rows]
+    error = statistics.mean(float(row[f"{key}_standard_error"]) for row in rows) / math.sqrt(len(values))
+    if len(values) > 1:
+        error = max(error, statistics.stdev(values) / math.sqrt(len(values)))
+    return statistics.mean(values), error
+
+
+def verdict(rows: list[Row], base: list[Row]) -> str:
+    """How a model's kernel distance differs from the base's, in words."""
+    (value, error), (other, other_error) = mean_and_error(rows), mean_and_error(base)
+    both = math.hypot(error, other_error)
+    seeds = min(len(rows), len(base))
+    if seeds < _SEEDS:
+        return f"no claim, {seeds} seed{'s' if seeds > 1 else ''}"
+    if abs(value - other) < _CLEAR * both:
+        return "none"
+    return f"{'better' if value < other else 'worse'}, {abs(value - other) / both:.1f} standard errors"
+
+
+def _group(rows: list[Row], *keys: str) -> dict[tuple[str, ...], list[Row]]:
+    groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[tuple(row[key] for key in keys)].append(row)
+    return dict(groups)
+
+
+def _markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _setting(row: Row) -> str:
+    threads = f", {row['threads']} thread{'s' if row['threads'] != '1' else ''}" if row["threads"] else ""
+    clock = " of the processor's time" if row["clock"] == "cpu" else ""
+    budget = f"{row['budget']}{clock}" if row["budget"].endswith(" s") else row["budget"]
+    return f"{budget} each, {row['size']} px, size of {row['preset']}, {row['device']}{threads}"
+
+
+def _order(models: dict[tuple[str, ...], list[Row]]) -> list[tuple[str, ...]]:
+    return sorted(models, key=lambda key: mean_and_error(models[key])[0])
+
+
+def comparison_tables(rows: list[Row], base: str, columns: dict[str, str] | None = None) -> str:
+    """A table for each budget and machine: the models in it by their kernel distance on val.
+
+    Args:
+        rows: of the models to be shown.
+        base: the model that differences are told from.
+        columns: a text for each model, in a column of its own.
+    """
+    final = [row for row in rows if row["split"] == "val" and float(row["fraction"]) == 1]
+    tables = []
+    for setting in _group(final, "budget", "clock", "size", "preset", "device", "threads").values():
+        models = _group(setting, "model")
+        if len(models) < 2 or (base,) not in models:
+            continue
+        lines = []
+        for key in _order(models):
+            some = models[key]
+            value, error = mean_and_error(some)
+            other = mean_and_error(models[base,])[0]
+            names = ("fd", "precision", "recall", "steps")
+            average = {name: statistics.mean(float(row[name]) for row in some) for name in names}
+            lines.append(
+                [
+                    f"**{key[0]}**" if key == (base,) else key[0],
+                    *([columns[key[0]]] if columns else []),
+                    f"{value:.3f} ± {error:.3f}",
+                    f"{other / value:.2f}",
+                    "" if key == (base,) else verdict(some, models[base,]),
+                    f"{average['fd']:.0f}",
+                    f"{average['precision']:.2f} / {average['recall']:.2f}",
+                    f"{float(some[0]['parameters']) / 1e6:.2f} M",
+                    f"{float(some[0]['flops']) / 1e6:.0f} M",
+                    f"{average['steps']:.0f}",
+                    some[0]["lr"],
+                    str(len(some)),
+                ]
+            )
+        header = ["model", *(["what it tests"] if columns else []), "KD", f"{base} / it", f"difference from {base}"]
+        header += ["FD", "precision / recall", "parameters", "FLOPs", "steps", "lr", "seeds"]
+        tables.append(f"{_setting(setting[0])}:\n\n{_markdown(header, lines)}")
+    return "\n\n".join(tables) or NOT_YET
+
+
+def tuning_table(rows: list[Row]) -> str:
+    """Kernel distance on the part of train that is held out for choices, for each learning rate."""
+    final = [row for row in rows if row["split"] == "tune" and float(row["fraction"]) == 1]
+    if not final:
+        return NOT_YET
+    rates = sorted({row["lr"] for row in final}, key=float)
+    lines = []
+    for (model, _), some in _group(final, "model", "budget").items():
+        found = {row["lr"]: float(row["kd"]) for row in some}
+        best = min(found, key=lambda lr: found[lr])
+        cells = [f"**{found[lr]:.3f}**" if lr == best else f"{found[lr]:.3f}" if lr in found else "" for lr in rates]
+        lines.append([model, *cells])
+    return _markdown(["model", *rates], lines)
+
+
+def causal_table(rows: list[Row]) -> str:
+    """What breaks when the liquid parts of a trained model are disturbed."""
+    if not rows:
+        return NOT_YET
+    lines = [
+        [
+            row["intervention"],
+            row["steps"],
+            f"{float(row['kd']):.3f} ± {float(row['kd_standard_error']):.3f}",
+            f"{float(row['velocity_change']):.4f}",
+        ]
+        for row in rows
+    ]
+    return _markdown(["what is done", "Euler steps", "KD", "relative change of the velocity"], lines)
+
+
+def write_tables(tables: dict[str, str], document: Path = DOCUMENT) -> None:
+    """Put each table between its two comments.
+
+    Raises:
+        ValueError: the document has no place for one.
+    """
+    text = document.read_text()
+    for name, table in tables.items():
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        place = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+        if not place.search(text):
+            raise ValueError(f"{document} has no place for the table {name!r}")
+        text = place.sub(lambda _, table=table, begin=begin, end=end: f"{begin}\n{table}\n{end}", text)
+    document.write_text(text)
+
+
+def _pyplot():
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt
+
+
+def plot_curves(rows: list[Row], name: str, x: str, words: str) -> None:
+    """benchmarks/results/NAME.png: kernel distance along each training, mean over seeds, against a column."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    models = _group(rows, "model")
+    last = {
+        key: mean_and_error([row for row in some if float(row["fraction"]) == 1])[0] for key, some in models.items()
+    }
+    for key in sorted(models, key=lambda key: last[key]):
+        points = sorted(_group(models[key], "fraction").values(), key=lambda some: float(some[0]["fraction"]))
+        places = [statistics.mean(float(row[x]) for row in some) for some in points]
+        values, errors = zip(*(mean_and_error(some) for some in points), strict=True)
+        axes.errorbar(places, values, errors, fmt="o-", capsize=2, markersize=4, label=f"{key[0]}, {values[-1]:.3f}")
+    axes.set_yscale("log")
+    axes.set_xlabel(words)
+    axes.set_ylabel("kernel distance to val")
+    axes.grid(which="both", alpha=0.2)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(RESULTS / f"{name}.png", dpi=130)
+    plt.close(figure)
+
+
+def draw_quality() -> None:
+    """All that quality.csv tells: tables in docs/ablations.md, and curves of the last setting of either budget."""
+    from ablations import ABLATIONS
+
+    rows = read_rows(QUALITY)
+    peers = [row for row in rows if row["model"] not in ABLATIONS or row["model"] in ("liquid", "plain")]
+    variants = [row for row in rows if row["model"] in ABLATIONS]
+    questions = {name: ablation.question for name, ablation in ABLATIONS.items()}
+    write_tables(
+        {
+            "learning rates": tuning_table(rows),
+            "peers at equal time": comparison_tables([r for r in peers if r["budget"].endswith(" s")], "liquid"),
+            "peers at equal images": comparison_tables([r for r in peers if r["budget"].endswith("images")], "liquid"),
+            "ablations": comparison_tables(variants, "liquid", questions),
+        }
+    )
+    for name, unit, x, words in (
+        ("quality-time", " s", "seconds", "seconds of training steps"),
+        ("quality-images", "images", "images", "images seen"),
+    ):
+        some = [row for row in peers if row["split"] == "val" and row["budget"].endswith(unit)]
+        settings = list(_group(some, "budget", "clock", "size", "preset", "device", "threads").values())
+        if settings:
+            plot_curves(settings[-1], name, x, words)
+
+
+def draw_causal() -> None:
+    """The table of the causal tests, and the kernel distance against the number of steps."""
+    rows = read_rows(CAUSAL)
+    write_tables({"causal tests": causal_table(rows)})
+    if not rows:
+        return
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for (name,), some in _group(rows, "intervention").items():
+        steps = [int(row["steps"]) for row in some]
+        values, errors = [float(row["kd"]) for row in some], [float(row["kd_standard_error"]) for row in some]
+        axes.errorbar(steps, values, errors, fmt="o-", capsize=2, markersize=4, label=name)
+    axes.set_xscale("log")
+    axes.set_xlabel("Euler steps")
+    axes.set_ylabel("kernel distance to held-out pictures")
+    axes.grid(which="both", alpha=0.2)
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(RESULTS / "causal.png", dpi=130)
+    plt.close(figure)
+
+
+def main() -> None:
+    draw_quality()
+    draw_causal()
+
+
+if __name__ == "__main__":
+    main()

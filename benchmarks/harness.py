@@ -1,0 +1,177 @@
+"""Training of any model under a budget, with the package's own data, codec, flow, optimiser settings and average."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from liquid_diffusion.codecs import Codec
+from liquid_diffusion.config import TrainConfig
+from liquid_diffusion.data.pictures import PictureDataset, ShuffledBatches, collate
+from liquid_diffusion.data.transforms import to_float, to_pil, to_uint8
+from liquid_diffusion.flow import TimeSampling, flow_loss, interpolate, sample_times, velocity
+from liquid_diffusion.hardware import fastest_dtype
+from liquid_diffusion.sampling import make_scheduler, sample_steps, seeded_generators
+from liquid_diffusion.training.trainer import learning_rate_factor
+
+_RUN = TrainConfig()  # whose defaults all models are trained with
+_BATCH = 64
+_FIT_PICTURES = 256
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What all models get the same of: seconds of training steps, or pictures.
+
+    Attributes:
+        amount: seconds or pictures.
+        unit: "s" or "images".
+        clock: "wall", or "cpu" for the process's own seconds, where others use the machine too.
+    """
+
+    amount: float
+    unit: str
+    clock: str = "wall"
+
+    def __str__(self) -> str:
+        return f"{self.amount:g} {self.unit}"
+
+    def now(self, device: torch.device) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() if self.clock == "wall" else time.process_time()
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a training is when a share of its budget is spent; the model has its averaged weights meanwhile."""
+
+    fraction: float
+    steps: int
+    images: int
+    seconds: float
+    loss: float
+
+
+def predict(model: nn.Module, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    """The velocity (B, C, H, W), in the fastest arithmetic of the device."""
+    dtype = fastest_dtype(x.device)
+    with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+        out = model(x, t, labels)
+    return out if isinstance(out, Tensor) else out.sample
+
+
+class Training:
+    """A model in training.
+
+    The learning rate rises in the first steps, and falls in the last part of the budget as a cosine, whatever the
+    budget is counted in. Steps before the first are not counted, nor is what happens while the caller has a `Point`.
+
+    Args:
+        model: on its device, called as model(x, t, labels).
+        dataset: pictures with labels.
+        codec: fitted.
+        lr: after the warm-up.
+        seed: of batches, times, noise and hidden labels.
+        times: distribution of the training times.
+    """
+
+    def __init__(
+        self, model: nn.Module, dataset: PictureDataset, codec: Codec, lr: float, seed: int, times: TimeSampling
+    ) -> None:
+        self.model, self.dataset, self.codec, self.lr, self.times = model, dataset, codec, lr, times
+        self.device = next(model.parameters()).device
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=_RUN.weight_decay, fused=True
+        )
+        self.ema = EMAModel(model.parameters(), decay=_RUN.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.batches = iter(ShuffledBatches(len(dataset), _BATCH, seed))
+
+    def _loss(self, generator: torch.Generator, keys: Sequence[tuple[int, int]]) -> Tensor:
+        images, labels, _ = collate([self.dataset[key] for key in keys])
+        x0 = self.codec.encode(to_float(images.to(self.device)))
+        t = sample_times(len(x0), self.times, generator)
+        noise = torch.randn(x0.shape, generator=generator, device=self.device)
+        hidden = torch.rand(len(x0), generator=generator, device=self.device) < _RUN.label_dropout
+        labels = labels.to(self.device).masked_fill(hidden, len(self.dataset.label_names))
+        return flow_loss(predict(self.model, interpolate(x0, noise, t), t, labels), velocity(x0, noise))
+
+    def _warm_up(self) -> None:
+        """Two steps without an update: kernels are chosen and memory is taken before the clock starts."""
+        for _ in range(2):
+            self._loss(torch.Generator(self.device).manual_seed(0), [(0, i) for i in range(_BATCH)]).backward()
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def points(self, budget: Budget, fractions: Sequence[float]) -> Iterator[Point]:
+        """Train, stopping at each share of the budget.
+
+        Raises:
+            FloatingPointError: the loss is no number any more.
+        """
+        self.model.train()
+        self._warm_up()
+        step, spent, losses = 0, 0.0, []
+        left = list(fractions)
+        while left:
+            start = budget.now(self.device)
+            progress = (spent if budget.unit == "s" else step * _BATCH) / budget.amount
+            factor = min(1.0, (step + 1) / _RUN.warmup_steps)
+            factor *= learning_rate_factor(round(1e6 * progress), 1_000_000, 0, _RUN.cooldown)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr * factor
+            loss = self._loss(self.generator, next(self.batches))
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), _RUN.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.ema.step(self.model.parameters())
+            step += 1
+            spent += budget.now(self.device) - start
+            losses.append(loss.detach())
+            if (spent if budget.unit == "s" else step * _BATCH) >= left[0] * budget.amount:
+                mean = torch.stack(losses[-200:]).mean().item()
+                if not math.isfinite(mean):
+                    raise FloatingPointError(f"the loss is {mean} at step {step}")
+                with self._averaged():
+                    yield Point(left.pop(0), step, step * _BATCH, spent, mean)
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        parameters = list(self.model.parameters())
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.ema.restore(parameters)
+            self.model.train()
+
+
+def fit_codec(codec: Codec, dataset: PictureDataset) -> Codec:
+    """The codec with the statistics of a set, as a training measures them."""
+    codec.fit(to_float(images) for images in dataset.spread(_FIT_PICTURES, 16))
+    return codec
+
+
+@torch.no_grad()
+def draw(model: nn.Module, codec: Codec, labels: Tensor, size: int, steps: int = 25, solver: str = "heun") -> Tensor:
+    """A picture (3, size, size) uint8 for each label, on the CPU, without guidance; picture i has the seed i."""
+    device = next(model.parameters()).device
+    side, pictures = size // codec.factor, []
+    for start in range(0, len(labels), _BATCH):
+        some = labels[start : start + _BATCH].to(device)
+        draws = seeded_generators(start, len(some))
+        x = torch.stack([torch.randn(codec.channels, side, side, generator=draw) for draw in draws]).to(device)
+        for step in sample_steps(lambda x, t, some=some: predict(model, x, t, some), x, make_scheduler(solver), steps):
+            x = step.x
+        pictures += [to_uint8(picture) for picture in to_pil(codec.decode(x.float()))]
+    return torch.stack(pictures)

@@ -1,0 +1,236 @@
+"""Quality of our model beside its peers and its own variants, all trained under one budget; and the figures of it.
+
+    python benchmarks/quality.py --split tune --seconds 480         # choose learning rates, on a split of train
+    python benchmarks/quality.py --seconds 480 --seeds 0 1 2        # then measure on val, equal wall-clock
+    python benchmarks/quality.py --images 100000 --seeds 0 1 2      # or equal images
+    python benchmarks/quality.py --models ablations --seconds 480 --seeds 0 1 2
+    python benchmarks/quality.py --draw                             # only tables and plots, from the CSV
+
+Each training appends its points to benchmarks/results/quality.csv when it is whole; one that is there already is left
+out, so the same command goes on after an interruption. Sampling and evaluation are not counted. All models get the
+same data, codec, flow, optimiser, average and sampler (Heun, 25 steps, no guidance), and each its best of three
+learning rates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import torch
+from ablations import ABLATIONS, ablated
+from figures import QUALITY, draw_quality, read_rows
+from harness import Budget, Training, draw, fit_codec, predict
+from peers import check_size, dico, dit, fcdm, unet2d
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from liquid_diffusion.codecs import PixelCodec
+from liquid_diffusion.data.pictures import PictureDataset
+from liquid_diffusion.data.sources import open_source
+from liquid_diffusion.evaluation.features import extract, make_features
+from liquid_diffusion.evaluation.metrics import compare
+from liquid_diffusion.evaluation.reference import CachedFeatures, labels_of
+from liquid_diffusion.hardware import keep_freed_memory
+from liquid_diffusion.models.unet import LiquidUNet
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+LEARNING_RATES = (5e-4, 1e-3, 2e-3)
+FRACTIONS = (0.25, 0.5, 1.0)
+TUNE_SHARE = 10  # one in this many code points of train is held out to choose learning rates on
+
+OURS = "liquid"
+PEERS: dict[str, Callable[[str, int, int, int], nn.Module]] = {
+    OURS: lambda preset, channels, classes, _: LiquidUNet.from_preset(preset, channels, classes),
+    "plain": lambda preset, channels, classes, _: ablated("plain", preset, channels, classes),
+    "DiCo block": lambda preset, channels, classes, _: dico(preset, channels, classes),
+    "FCDM block": lambda preset, channels, classes, _: fcdm(preset, channels, classes),
+    "UNet2DModel": unet2d,
+    "UNet2DModel, no attention": lambda *shape: unet2d(*shape, attention=False),
+    "DiTTransformer2DModel": dit,
+}
+
+
+def build(name: str, preset: str, channels: int, classes: int, side: int) -> nn.Module:
+    """The peer or variant called `name`, of equal parameters unless it says otherwise."""
+    if name in PEERS:
+        model = PEERS[name](preset, channels, classes, side)
+        equal = True
+    else:
+        model, equal = ablated(name, preset, channels, classes), ABLATIONS[name].equal
+    if equal:
+        check_size(model, LiquidUNet.from_preset(preset, channels, classes).num_parameters())
+    return model
+
+
+def pictures(folder: Path, size: int, split: str) -> tuple[PictureDataset, PictureDataset]:
+    """Pictures to train on and to compare with: train and val, or, for choices, two parts of train.
+
+    Like val itself, the part held out for choices has whole code points, in all their styles.
+    """
+    train = open_source(str(folder / "emoji64x3-train.parquet"), label_column="label")
+    if split == "val":
+        val = open_source(str(folder / "emoji64x3-val.parquet"), label_column="label")
+        return PictureDataset(train, size), PictureDataset(val, size)
+    points = pyarrow.parquet.read_table(folder / "emoji64x3-train.parquet", columns=["codepoints"])["codepoints"]
+    held = [hashlib.blake2b(p.encode()).digest()[0] % TUNE_SHARE == 0 for p in points.to_pylist()]
+    return (
+        PictureDataset(train, size, indices=[i for i, out in enumerate(held) if not out]),
+        PictureDataset(train, size, indices=[i for i, out in enumerate(held) if out]),
+    )
+
+
+def forward_flops(model: nn.Module, channels: int, side: int, device: torch.device) -> int:
+    """Multiplications and additions of one picture's evaluation, as torch counts them."""
+    x, t = torch.zeros(1, channels, side, side, device=device), torch.zeros(1, device=device)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        predict(model.eval(), x, t, torch.zeros(1, dtype=torch.long, device=device))
+    return int(counter.get_total_flops())
+
+
+def best_learning_rate(rows: list[dict[str, str]], name: str, options: argparse.Namespace) -> float | None:
+    """The one of the least kernel distance on the split for choices."""
+    wanted = {"split": "tune", "model": name, "preset": options.preset, "size": str(options.size), "fraction": "1"}
+    tuned = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+    return float(min(tuned, key=lambda row: float(row["kd"]))["lr"]) if tuned else None
+
+
+class Comparison:
+    """Trainings under one budget, each written to the CSV when it is whole."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device.type == "cpu":
+            keep_freed_memory()
+            torch.set_num_threads(options.threads or torch.get_num_threads())
+        unit = "s" if options.images is None else "images"
+        self.budget = Budget(options.seconds if unit == "s" else options.images, unit, options.clock)
+        self.train, self.reference = pictures(options.data, options.size, options.split)
+        self.codec = fit_codec(PixelCodec(2), self.train)
+        self.extractor = make_features("lite0", self.device)
+        self.real = CachedFeatures(self.extractor, self.device).of(self.reference)
+        self.labels = labels_of(self.reference)
+
+    def _facts(self, name: str, seed: int, lr: float) -> dict[str, Any]:
+        """What makes a training the one it is."""
+        return {
+            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else platform.machine(),
+            "threads": torch.get_num_threads() if self.device.type == "cpu" else "",
+            "split": self.options.split,
+            "size": self.options.size,
+            "preset": self.options.preset,
+            "model": name,
+            "seed": seed,
+            "budget": str(self.budget),
+            "clock": self.options.clock,
+            "lr": lr,
+        }
+
+    def run(self, name: str, seed: int, lr: float) -> None:
+        facts = self._facts(name, seed, lr)
+        if any(all(row[key] == str(value) for key, value in facts.items()) for row in read_rows(QUALITY)):
+            print(f"{name}, seed {seed}, lr {lr:g}: is there already", flush=True)
+            return
+        torch.manual_seed(seed)
+        side, classes = self.options.size // self.codec.factor, len(self.train.label_names)
+        model = build(name, self.options.preset, self.codec.channels, classes, side)
+        layout = torch.preserve_format if "DiT" in name else torch.channels_last
+        model = model.to(self.device, memory_format=layout)
+        facts |= {
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "flops": forward_flops(model, self.codec.channels, side, self.device),
+        }
+        times = ABLATIONS[name].times if name in ABLATIONS else "logit-normal"
+        training = Training(model, self.train, self.codec, lr, seed, times)
+        rows = []
+        for point in training.points(self.budget, self.options.fractions):
+            samples = draw(model, self.codec, self.labels, self.options.size)
+            found = compare(self.real, extract(self.extractor, samples.split(32), self.device))
+            rows.append(facts | vars(point) | found)
+            print(
+                f"{name}, seed {seed}, lr {lr:g}: step {point.steps}, {point.seconds:.0f} s, loss {point.loss:.3f}, "
+                f"KD {found['kd']:.4f} +- {found['kd_standard_error']:.4f}",
+                flush=True,
+            )
+        append_rows(rows)
+
+
+def append_rows(rows: list[dict[str, Any]]) -> None:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True)
+    QUALITY.parent.mkdir(exist_ok=True)
+    new = not QUALITY.exists()
+    with QUALITY.open("a", newline="") as file:
+        writer = csv.DictWriter(file, ["commit", *rows[0]], lineterminator="\n")
+        if new:
+            writer.writeheader()
+        for row in rows:
+            rounded = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
+            writer.writerow({"commit": commit.stdout.strip(), **rounded})
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["peers"], help="names, or peers, or ablations (all of them)")
+    parser.add_argument("--preset", default="nano", help="whose parameters all models have")
+    parser.add_argument("--size", type=int, default=32, help="side of the pictures")
+    parser.add_argument("--seconds", type=float, default=480, help="equal seconds of training steps")
+    parser.add_argument("--images", type=int, help="equal images in place of equal seconds")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu where others use the machine")
+    parser.add_argument("--split", choices=("val", "tune"), default="val", help="tune: choose learning rates")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--lr", type=float, help="one for all, in place of the best of `--split tune`")
+    parser.add_argument(
+        "--fractions", type=float, nargs="+", default=list(FRACTIONS), help="of the budget, evaluated at"
+    )
+    parser.add_argument("--threads", type=int, help="of a CPU")
+    parser.add_argument("--data", type=Path, default=DATA, help="folder of emoji64x3-train.parquet and -val.parquet")
+    parser.add_argument("--draw", action="store_true", help="only draw what the CSV holds")
+    options = parser.parse_args()
+    groups = {"peers": list(PEERS), "ablations": list(ABLATIONS)}
+    options.models = [name for given in options.models for name in groups.get(given, [given])]
+    options.fractions = sorted({*options.fractions, 1.0})
+    unknown = [name for name in options.models if name not in PEERS and name not in ABLATIONS]
+    if unknown:
+        parser.error(f"there is no model {unknown[0]!r}; choose from {', '.join([*PEERS, *ABLATIONS])}")
+    if not options.draw and not (options.data / "emoji64x3-train.parquet").is_file():
+        parser.error(f"there is no emoji64x3-train.parquet in {options.data}; say --data")
+    return options
+
+
+def plan(options: argparse.Namespace) -> list[tuple[str, int, float]]:
+    """Model, seed and learning rate of each training. A variant of ours that was not tuned itself takes our rate."""
+    trainings, rows = [], read_rows(QUALITY)
+    for seed in options.seeds:
+        for name in options.models:
+            best = best_learning_rate(rows, name, options)
+            if best is None and name in ABLATIONS:
+                best = best_learning_rate(rows, OURS, options)
+            rates = LEARNING_RATES if options.split == "tune" else (best,)
+            for lr in (options.lr,) if options.lr else rates:
+                if lr is None:
+                    sys.exit(f"No learning rate was chosen for {name}: run with --split tune first, or say --lr.")
+                trainings.append((name, seed, lr))
+    return trainings
+
+
+def main() -> None:
+    options = parse()
+    if not options.draw:
+        trainings = plan(options)
+        comparison = Comparison(options)
+        for training in trainings:
+            comparison.run(*training)
+    draw_quality()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from figures import NOT_YET, Row, comparison_tables, mean_and_error, tuning_table, verdict, write_tables
+
+
+def rows(model: str, *values: float, **changes: str) -> list[Row]:
+    """Trainings of a model, one for each kernel distance."""
+    base = {
+        "split": "val", "fraction": "1", "budget": "480 s", "clock": "wall", "size": "32", "preset": "nano",
+        "device": "x86_64", "threads": "2", "parameters": "5720652", "flops": "1e9", "steps": "1000", "lr": "0.001",
+        "fd": "700", "precision": "0.5", "recall": "0.25", "kd_standard_error": "0.01",
+    }  # fmt: skip
+    return [base | {"model": model, "seed": str(seed), "kd": str(kd)} | changes for seed, kd in enumerate(values)]
+
+
+def test_error_is_the_larger_of_seeds_and_pictures() -> None:
+    assert mean_and_error(rows("a", 0.4)) == (0.4, 0.01)
+    value, error = mean_and_error(rows("a", 0.3, 0.4, 0.5))
+    assert value == pytest.approx(0.4)
+    assert error == pytest.approx(0.1 / 3**0.5)
+    assert mean_and_error(rows("a", 0.4, 0.4, 0.4))[1] == pytest.approx(0.01 / 3**0.5)
+
+
+def test_a_claim_wants_three_seeds_and_two_standard_errors() -> None:
+    base = rows("liquid", 0.40, 0.40, 0.40)
+    both = (2 * 0.01**2 / 3) ** 0.5
+    assert verdict(rows("a", 0.2), base) == "no claim, 1 seed"
+    assert verdict(rows("a", 0.2, 0.2), base) == "no claim, 2 seeds"
+    assert verdict(rows("a", *[0.40 + 1.9 * both] * 3), base) == "none"
+    assert verdict(rows("a", *[0.40 + 2.1 * both] * 3), base) == "worse, 2.1 standard errors"
+    assert verdict(rows("a", *[0.40 - 3 * both] * 3), base) == "better, 3.0 standard errors"
+
+
+def test_tables_hold_what_the_rows_say() -> None:
+    some = rows("liquid", 0.4, 0.5, 0.6) + rows("peer", 0.8, 1.0, 1.2) + rows("liquid", 0.1, fraction="0.5")
+    some += rows("liquid", 0.2, budget="9 s") + rows("liquid", 0.3, split="tune")
+    table = comparison_tables(some, "liquid")
+    assert table.count("**liquid**") == 1  # not the point on the way, nor the budget in which it is alone
+    assert "| **liquid** | 0.500 ± 0.058 | 1.00 |" in table
+    assert "| peer | 1.000 ± 0.115 | 0.50 | worse, 3.9 standard errors |" in table
+    assert table.startswith("480 s each, 32 px, size of nano, x86_64, 2 threads:")
+    assert comparison_tables([], "liquid") == NOT_YET
+    tuning = tuning_table(rows("a", 0.4, split="tune", lr="0.002") + rows("a", 0.3, split="tune", lr="0.0005"))
+    assert tuning.splitlines()[0] == "| model | 0.0005 | 0.002 |"
+    assert tuning.splitlines()[-1] == "| a | **0.300** | 0.400 |"
+
+
+def test_tables_are_written_between_their_marks(tmp_path: Path) -> None:
+    document = tmp_path / "page.md"
+    document.write_text("before\n<!-- one -->\nold\n<!-- end of one -->\nafter\n")
+    for _ in range(2):  # again and again the same
+        write_tables({"one": r"| new \1 |"}, document)
+        assert document.read_text() == "before\n<!-- one -->\n| new \\1 |\n<!-- end of one -->\nafter\n"
+    with pytest.raises(ValueError, match="no place for the table 'two'"):
+        write_tables({"two": ""}, document)

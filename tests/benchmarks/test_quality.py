@@ -1,0 +1,102 @@
+"""The comparison itself, on a small made-up set in the form of emoji64x3."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+import figures
+import numpy as np
+import pytest
+import quality
+import torch
+from datasets import ClassLabel, Dataset, Features, Image, Value
+from harness import Budget, Training, fit_codec
+from PIL import Image as Pictures
+
+from liquid_diffusion.codecs import PixelCodec
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Data; and results, tables and features that land in the test's own folder."""
+    draws = np.random.default_rng(0)
+    types = Features({"image": Image(), "label": ClassLabel(names=["a", "b"]), "codepoints": Value("string")})
+    for name, count in (("train", 80), ("val", 6)):
+        colours = draws.integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
+        images = [Pictures.fromarray(some).resize((64, 64)) for some in colours]
+        table = {
+            "image": images,
+            "label": [i % 2 for i in range(count)],
+            "codepoints": [f"{i // 2:x}" for i in range(count)],
+        }
+        Dataset.from_dict(table, features=types).to_parquet(tmp_path / f"emoji64x3-{name}.parquet")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    for module in (figures, quality):
+        monkeypatch.setattr(module, "QUALITY", tmp_path / "quality.csv")
+    document = tmp_path / "ablations.md"
+    document.write_text(figures.DOCUMENT.read_text())
+    monkeypatch.setattr(figures.write_tables, "__defaults__", (document,))
+    return tmp_path
+
+
+def test_equal_images(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(quality, "LEARNING_RATES", (1e-3,))
+    command = ["quality.py", "--data", str(folder), "--size", "16", "--images", "128", "--fractions", "0.5"]
+
+    def run(models: str, *arguments: str) -> list[dict[str, str]]:
+        monkeypatch.setattr(sys, "argv", [*command, "--models", *models.split(), *arguments])
+        quality.main()
+        with (folder / "quality.csv").open() as file:
+            return list(csv.DictReader(file))
+
+    with pytest.raises(SystemExit, match="No learning rate was chosen for liquid"):
+        run("liquid plain")
+    tuned = run("liquid", "--split", "tune")
+    rows = run("liquid plain")[len(tuned) :]
+    assert [(r["model"], r["fraction"], r["steps"], r["images"]) for r in rows] == [
+        (model, fraction, steps, images)
+        for model in ("liquid", "plain")
+        for fraction, steps, images in (("0.5", "1", "64"), ("1", "2", "128"))
+    ]
+    assert {(r["lr"], r["split"], r["budget"]) for r in rows} == {("0.001", "val", "128 images")}
+    assert float(rows[0]["flops"]) > 1e7
+    before = (folder / "quality.csv").read_text()
+    capsys.readouterr()
+    assert run("liquid plain", "--seeds", "0")[-1] == rows[-1]  # nothing is trained twice
+    assert capsys.readouterr().out.count("is there already") == 2
+    assert (folder / "quality.csv").read_text() == before
+    page = (folder / "ablations.md").read_text()
+    assert f"{float(rows[1]['kd']):.3f} ± " in page
+    assert (folder / "quality-images.png").stat().st_size > 10_000
+
+
+def test_choices_are_made_on_other_code_points(folder: Path) -> None:
+    train, held_out = quality.pictures(folder, 16, "tune")
+    assert set(train.indices) | set(held_out.indices) == set(range(80))
+    assert 0 < len(held_out) < 40
+    points = [{i // 2 for i in some.indices} for some in (train, held_out)]  # two pictures share a code point
+    assert not points[0] & points[1]
+
+
+def test_training_is_counted_without_evaluation_and_repeats_to_the_bit(folder: Path) -> None:
+    train, _ = quality.pictures(folder, 16, "val")
+    codec = fit_codec(PixelCodec(2), train)
+
+    def losses(budget: Budget) -> list[tuple[int, float, float]]:
+        torch.manual_seed(0)
+        model = quality.build("plain", "nano", 12, 2, 8)
+        found = []
+        for point in Training(model, train, codec, 1e-3, 3, "uniform").points(budget, (0.5, 1.0)):
+            found.append((point.steps, point.loss, point.seconds))
+            torch.randn(1)  # what a caller draws changes nothing
+        return found
+
+    first, second = losses(Budget(256, "images")), losses(Budget(256, "images", "cpu"))
+    assert [row[:2] for row in first] == [row[:2] for row in second]
+    assert [row[0] for row in first] == [2, 4]
+    seconds = losses(Budget(1e-6, "s"))
+    assert seconds[-1][2] >= 1e-6
+    assert [row[0] for row in seconds] == [1, 2]  # a point for each share, also where one step passes both
