@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/quickstart
 
-.PHONY: quickstart test lint bench bench-depthwise install clean
+.PHONY: quickstart test lint bench bench-depthwise quality ablations causal figures bench-installed install clean
 
 quickstart: install  ## train on the emoji, draw pictures, and show the nearest training picture of each
 	$(BIN)/liquid-diffusion train --out $(RUN)
@@ -16,12 +16,32 @@ lint: install  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: install  ## training step and sampling beside peers of equal parameters; writes benchmarks/results
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
+bench: bench-installed  ## training step and sampling beside peers of equal parameters; writes benchmarks/results
 	$(BIN)/python benchmarks/speed.py
 
 bench-depthwise: install  ## our depthwise convolution beside the library's
 	$(BIN)/python benchmarks/depthwise.py
+
+SEEDS ?= 0 1 2
+SECONDS ?= 480
+QUALITY = $(BIN)/python benchmarks/quality.py --seconds $(SECONDS)
+
+quality: bench-installed  ## our model beside peers, equal time and equal images; DATA=folder of emoji64x3
+	$(QUALITY) $(if $(DATA),--data $(DATA)) --split tune
+	$(QUALITY) $(if $(DATA),--data $(DATA)) --seeds $(SEEDS)
+	$(QUALITY) $(if $(DATA),--data $(DATA)) --seeds $(SEEDS) --images 100000
+
+ablations: bench-installed  ## variants of the liquid block, equal time; after quality, which chooses the learning rate
+	$(QUALITY) $(if $(DATA),--data $(DATA)) --seeds $(SEEDS) --models ablations
+
+causal: bench-installed  ## the packaged model with its liquid layers disturbed
+	$(BIN)/python benchmarks/causal.py
+
+figures: bench-installed  ## tables and plots of docs/ablations.md from the CSV files alone
+	$(BIN)/python benchmarks/figures.py
+
+bench-installed: install
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
 
 install: .venv/installed
 

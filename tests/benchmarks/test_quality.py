@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import figures
+import harness
 import numpy as np
 import pytest
 import quality
@@ -34,6 +35,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         Dataset.from_dict(table, features=types).to_parquet(tmp_path / f"emoji64x3-{name}.parquet")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    monkeypatch.setattr(harness, "_BATCH", 8)
     for module in (figures, quality):
         monkeypatch.setattr(module, "QUALITY", tmp_path / "quality.csv")
     document = tmp_path / "ablations.md"
@@ -44,7 +46,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_equal_images(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(quality, "LEARNING_RATES", (1e-3,))
-    command = ["quality.py", "--data", str(folder), "--size", "16", "--images", "128", "--fractions", "0.5"]
+    command = ["quality.py", "--data", str(folder), "--size", "16", "--images", "16", "--fractions", "0.5"]
 
     def run(models: str, *arguments: str) -> list[dict[str, str]]:
         monkeypatch.setattr(sys, "argv", [*command, "--models", *models.split(), *arguments])
@@ -59,9 +61,9 @@ def test_equal_images(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert [(r["model"], r["fraction"], r["steps"], r["images"]) for r in rows] == [
         (model, fraction, steps, images)
         for model in ("liquid", "plain")
-        for fraction, steps, images in (("0.5", "1", "64"), ("1", "2", "128"))
+        for fraction, steps, images in (("0.5", "1", "8"), ("1", "2", "16"))
     ]
-    assert {(r["lr"], r["split"], r["budget"]) for r in rows} == {("0.001", "val", "128 images")}
+    assert {(r["lr"], r["split"], r["budget"]) for r in rows} == {("0.001", "val", "16 images")}
     assert float(rows[0]["flops"]) > 1e7
     before = (folder / "quality.csv").read_text()
     capsys.readouterr()
@@ -94,7 +96,7 @@ def test_training_is_counted_without_evaluation_and_repeats_to_the_bit(folder: P
             torch.randn(1)  # what a caller draws changes nothing
         return found
 
-    first, second = losses(Budget(256, "images")), losses(Budget(256, "images", "cpu"))
+    first, second = losses(Budget(32, "images")), losses(Budget(32, "images", "cpu"))
     assert [row[:2] for row in first] == [row[:2] for row in second]
     assert [row[0] for row in first] == [2, 4]
     seconds = losses(Budget(1e-6, "s"))
