@@ -35,7 +35,7 @@ def _check_val_fraction(value: float) -> None:
 class TrainConfig:
     """A training run. What is None is chosen by the machine and the data, see `presets.resolve`."""
 
-    data: str = _option("emoji", "emoji, a folder of pictures, a Hub id, or a folder of datasets' save_to_disk")
+    data: str = _option("emoji", "a name that `datasets` lists, a Hub id, a folder, or parquet files")
     out: str | None = _option(None, "run folder; a folder with checkpoints is gone on with (default: runs/DATA-SIZE)")
     image_size: int | None = _option(None, "side of the square pictures (default: by data and machine)")
     model: str | None = _option(None, "nano, tiny, small or base (default: by image size and machine)")
@@ -64,6 +64,9 @@ class TrainConfig:
         False, "train on latents encoded once: true keeps them in RUN/latents; or a folder written by encode"
     )
     val_fraction: float = _option(0.05, "share of the pictures held out: never trained on, for evaluation")
+    image_column: str | None = _option(None, "column of the pictures in a table (default: by the columns' types)")
+    label_column: str | None = _option(None, "column of the labels in a table, of any type (default: a ClassLabel)")
+    streaming: bool = _option(False, "read the pictures of a Hub data set where they lie, without downloading it")
     flip: bool | None = _option(None, "mirror half of the pictures (default: yes, but for emoji)")
     workers: int = _option(2, "processes that read pictures, where they do not fit in memory")
     seed: int = _option(0, "seed of every random draw")
@@ -85,6 +88,8 @@ class TrainConfig:
         _check_val_fraction(self.val_fraction)
         if self.cache_latents and self.crop == "random":
             raise UserError("A random crop differs each time and can't be cached; take --crop center or pad.")
+        if self.streaming and (self.cache_latents or self.buckets):
+            raise UserError("A stream is read as it comes: leave out --streaming, or --cache-latents and --buckets.")
         if (self.lr is not None and self.lr <= 0) or self.max_grad_norm <= 0:
             raise UserError("lr and max_grad_norm must be above 0.")
         if not 0 <= self.seed < 2**32:
@@ -121,6 +126,8 @@ class EncodeConfig:
     codec: str = _option("sd-vae", "sd-vae, taesd, or Hub id or folder of an autoencoder")
     crop: Literal["center", "pad"] = _option("center", "center, or pad: the whole picture on white")
     buckets: bool = _option(False, "keep aspect ratios up to 1:2: a few shapes of about image_size^2 pixels")
+    image_column: str | None = _option(None, "column of the pictures in a table (default: by the columns' types)")
+    label_column: str | None = _option(None, "column of the labels in a table, of any type (default: a ClassLabel)")
     flip: bool | None = _option(None, "the mirror images too (default: yes, but for emoji)")
     val_fraction: float = _option(0.05, "share of the pictures held out: they are not encoded")
     batch_size: int = _option(8, "pictures encoded at once")
@@ -204,6 +211,24 @@ class EstimateConfig:
             raise UserError(f"An estimate knows the codecs pixels and sd-vae, not {self.codec!r}.")
         if self.gpu_memory is not None and self.gpu_memory <= 0:
             raise UserError(f"gpu_memory must be above 0, not {self.gpu_memory}.")
+
+
+@dataclass(frozen=True)
+class ShowConfig:
+    """A grid of the pictures of a data set, as a model would be fed with them."""
+
+    out: str = _option("grid.png", "the grid of `show`, a picture file")
+    image_size: int = _option(64, "side of the square pictures")
+    crop: Literal["center", "random", "pad"] = _option("center", "as for train")
+    flip: bool | None = _option(None, "as for train")
+    image_column: str | None = _option(None, "as for train")
+    label_column: str | None = _option(None, "as for train")
+    streaming: bool = _option(False, "as for train")
+    seed: int = _option(0, "of the order, the crops and the mirroring")
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise UserError(f"image_size must be at least 1, not {self.image_size}.")
 
 
 @dataclass(frozen=True)

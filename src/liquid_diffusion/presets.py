@@ -95,7 +95,8 @@ def _flip(data: str, wanted: bool | None) -> bool:
 
 
 def _name(data: str) -> str:
-    return Path(data).expanduser().resolve().name
+    path = Path(data).expanduser().resolve()
+    return (path.parent if "*" in path.name else path).name
 
 
 def resolve_encoding(config: EncodeConfig) -> EncodeConfig:

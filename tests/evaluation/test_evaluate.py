@@ -47,7 +47,7 @@ def run(pictures: Path) -> Iterator[Path]:
             )
         )  # fmt: skip
         trainer.run()
-        assert 4 <= trainer.held_out <= 12
+        assert 4 <= (trainer.held_out or 0) <= 12
         yield trainer.folder.path
 
 

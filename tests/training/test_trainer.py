@@ -88,7 +88,7 @@ def test_loss_falls_by_half_in_200_steps(quick: Make) -> None:
 def test_target_of_the_training_is_noise_minus_data(quick: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that knows the data and answers (x_t - x0) / t, which is eps - x0, has no loss."""
     trainer = Trainer(quick(time_sampling="uniform"))
-    images, labels, _ = next(iter(trainer._loader()))
+    images, labels, _ = next(trainer._batches())
     x0 = trainer.codec.encode(images.float() / 127.5 - 1)
 
     class Knowing:
@@ -180,7 +180,7 @@ def test_accumulation_is_the_same_batch_in_parts(quick: Make, tmp_path: Path, mo
             t = torch.full((len(x),), 0.5)
             return trainer.wrapped(x, t, labels).sample.square().mean((1, 2, 3)).add(labels).mean()
 
-        images, labels, _ = next(iter(trainer._loader()))
+        images, labels, _ = next(trainer._batches())
         monkeypatch.setattr(trainer, "loss", plain)
         monkeypatch.setattr(trainer.optimizer, "step", lambda: None)
         monkeypatch.setattr(trainer.optimizer, "zero_grad", lambda set_to_none: None)

@@ -53,7 +53,8 @@ class _Shard:
 
 def settings(config: EncodeConfig | RunConfig, codec: AutoencoderCodec) -> dict[str, Any]:
     """What decides about the latents, JSON-able: two encodings with equal settings can stand for each other."""
-    found = {name: getattr(config, name) for name in ("image_size", "codec", "crop", "buckets", "flip", "val_fraction")}
+    names = ("image_size", "codec", "crop", "buckets", "flip", "val_fraction", "image_column", "label_column")
+    found = {name: getattr(config, name) for name in names}
     folder = Path(config.data).expanduser()
     data = str(folder.resolve()) if folder.is_dir() else config.data
     return {"data": data, **found, "codec_sha256": codec.fingerprint()}
@@ -138,7 +139,7 @@ class Encoding:
         multiple = check_size(config.image_size, config.codec, codec.factor)
         self.config, self.codec, self.state = config, codec, state
         self.folder = Path(config.out or "").expanduser()
-        self.source = open_source(config.data)
+        self.source = open_source(config.data, config.image_column, config.label_column)
         chosen, held_out = split(self.source, config.val_fraction)
         square = (config.image_size, config.image_size)
         shapes = bucket_shapes(config.image_size, multiple) if config.buckets else [square]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,11 @@ _PIECE = 16 * 2**20  # bytes of one request: what is asked for again when a conn
 
 class SourceLostError(UserError):
     """What is read from is gone, or was away for too long."""
+
+
+def in_words(address: str) -> str:
+    """An address as a person would say it: the data set's id and the path in it, without the revision."""
+    return re.sub(r"^hf://datasets/([^@]+)@[^/]+/", r"\1/", address)
 
 
 class RangedFile(io.RawIOBase):
@@ -80,8 +86,8 @@ class RangedFile(io.RawIOBase):
                 if pause is None or status in _FINAL or isinstance(error, FileNotFoundError):
                     reason = str(error).strip().splitlines() or [type(error).__name__]
                     raise SourceLostError(
-                        f"{self.address} can't be read any more ({reason[0]}); the same command goes on when it is "
-                        "there again."
+                        f"{in_words(self.address)} can't be read any more ({reason[0]}); "
+                        "the same command goes on when it is there again."
                     ) from error
                 time.sleep(pause)
 

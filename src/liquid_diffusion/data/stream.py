@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from liquid_diffusion.codecs import Codec
 from liquid_diffusion.config import UserError
 from liquid_diffusion.data.pictures import is_mirrored, stable_hash
 from liquid_diffusion.data.ranged import SourceLostError
@@ -26,7 +27,7 @@ from liquid_diffusion.data.shards import Chunk, Rows, Shards
 from liquid_diffusion.data.sources import BadPictureError
 from liquid_diffusion.data.split import is_held_out
 from liquid_diffusion.data.tables import decode
-from liquid_diffusion.data.transforms import Shape, to_shape, to_uint8
+from liquid_diffusion.data.transforms import Shape, to_float, to_shape, to_uint8
 
 # Lanes of a process: the places of the stream that one batch is taken from, and the most workers it can have.
 LANES = 4
@@ -111,13 +112,9 @@ class PictureStream:
         flip, crop: see `PictureDataset`.
         seed: of the order, the mirroring and the crops.
         val_fraction: share of pictures held out, see `is_held_out`.
-        rank, world: this process among others, each of which has lanes of its own.
 
     Attributes:
-        positions: where each lane of this process is, after the batches that were given out.
-
-    Raises:
-        UserError: there are fewer pictures than lanes.
+        positions: where each lane of this process is, after the batches that were given out; set it to go on.
     """
 
     def __init__(
@@ -128,8 +125,6 @@ class PictureStream:
         seed: int = 0,
         val_fraction: float = 0.0,
         crop: str = "center",
-        rank: int = 0,
-        world: int = 1,
     ) -> None:
         self.shards = shards
         self.image_size = image_size
@@ -138,11 +133,8 @@ class PictureStream:
         self.val_fraction = val_fraction
         self.crop = crop
         self.label_names = list(shards.label_names)
+        self.skipped: list[str] = []  # none is known before it is met
         self._firsts = list(itertools.accumulate((chunk.rows for chunk in shards.chunks), initial=0))
-        self._lanes = range(rank * LANES, (rank + 1) * LANES)
-        self._all_lanes = world * LANES
-        if len(self) < self._all_lanes:
-            raise UserError(f"{shards.origin} has {len(self)} pictures, too few to stream; leave --streaming out.")
         self.positions: list[Position] = [(0, 0)] * LANES
         self._reader = _Reader(shards)
 
@@ -151,17 +143,22 @@ class PictureStream:
         return self._firsts[-1]
 
     @property
+    def total(self) -> int:
+        """The same."""
+        return len(self)
+
+    @property
     def usual_shape(self) -> Shape:
         """The shape of all pictures."""
         return self.image_size, self.image_size
 
     # ---- the order
 
-    def _windows(self, lane: int, epoch: int) -> Iterator[_Span]:
-        """The span of a lane in an epoch, window by window."""
+    def _windows(self, lane: int, lanes: int, epoch: int) -> Iterator[_Span]:
+        """The span of one of `lanes` lanes in an epoch, window by window."""
         order = list(range(len(self.shards.chunks)))
         random.Random(stable_hash(self.seed, 4, epoch)).shuffle(order)
-        first, stop = (len(self) * border // self._all_lanes for border in (lane, lane + 1))
+        first, stop = (len(self) * border // lanes for border in (lane, lane + 1))
         window: _Span = []
         start = 0
         for number in order:
@@ -176,23 +173,26 @@ class PictureStream:
         if window:
             yield window
 
-    def _walk(self, lane: int, epoch: int, passed: int, ahead: bool = True) -> Iterator[tuple[_Item, Position]]:
-        """The pictures of a lane from a position on, without end, each with the position after it.
+    def _walk(self, lane: int, lanes: int, position: Position, ahead: bool = True) -> Iterator[tuple[_Item, Position]]:
+        """The pictures of one of `lanes` lanes from a position on, without end, each with the position after it.
 
         Args:
             ahead: read the next window while this one is used.
         """
+        if len(self) < lanes:
+            raise UserError(f"{self.shards.origin} has {len(self)} pictures, too few to stream; leave --streaming out.")
+        epoch, passed = position
         skipped: list[str] = []
         fruitless = 0
         while True:
-            windows = list(self._windows(lane, epoch))
+            windows = list(self._windows(lane, lanes, epoch))
             start = 0
             for i, window in enumerate(windows):
                 rows = [(number, row) for number, low, high in window for row in range(low, high)]
                 start, begun = start + len(rows), start
                 if passed >= start:
                     continue
-                following = windows[i + 1] if i + 1 < len(windows) else next(self._windows(lane, epoch + 1))
+                following = windows[i + 1] if i + 1 < len(windows) else next(self._windows(lane, lanes, epoch + 1))
                 self._reader.want(lane, [number for number, _, _ in (*window, *(following if ahead else ()))])
                 random.Random(stable_hash(self.seed, 5, epoch, lane, i)).shuffle(rows)
                 for number, row in rows[passed - begun :]:
@@ -224,19 +224,29 @@ class PictureStream:
 
     # ---- batches
 
+    def fit_codec(self, codec: Codec, count: int, batch_size: int) -> None:
+        """See `PictureDataset.fit_codec`; every process measures the same pictures."""
+        codec.fit(to_float(images) for images in self.spread(count, batch_size))
+
+    def to_latents(self, images: Tensor, codec: Codec, generator: torch.Generator) -> Tensor:
+        """See `PictureDataset.to_latents`."""
+        return codec.encode(to_float(images), generator)
+
     def spread(self, count: int, batch_size: int) -> Iterator[Tensor]:
-        """`count` pictures from the beginnings of the first process's lanes, or as many as there are.
+        """`count` pictures from the beginnings of a process's lanes, or as many as there are.
 
         Yields:
             (B, 3, H, W) uint8, at most `batch_size` at once.
         """
         count = min(count, max(1, round(len(self) * (1 - self.val_fraction))))
-        walks = [self._walk(lane, 0, 0, ahead=False) for lane in range(LANES)]
+        walks = [self._walk(lane, LANES, (0, 0), ahead=False) for lane in range(LANES)]
         images = (next(walks[i % LANES])[0][0] for i in range(count))
         while batch := list(itertools.islice(images, batch_size)):
             yield torch.stack(batch)
 
-    def batches(self, batch_size: int, start: int, workers: int) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+    def batches(
+        self, batch_size: int, start: int, workers: int, rank: int = 0, world: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
         """Batches from where the lanes are, without end.
 
         The pictures of all lanes take turns, so a batch has some of each. Workers divide the lanes among themselves;
@@ -246,6 +256,7 @@ class PictureStream:
             batch_size: pictures of a batch of this process.
             start: number of the first batch.
             workers: processes that read, at most one for each lane; 0 reads here.
+            rank, world: this process among others, each of which has lanes of its own.
 
         Yields:
             images (B, 3, H, W) uint8, labels (B,) int64, and the names of pictures that can't be read.
@@ -254,7 +265,7 @@ class PictureStream:
             UserError: the pictures can't be had any more.
         """
         jobs = min(workers, LANES)
-        parts = iter(DataLoader(_Parts(self, batch_size, start), batch_size=None, num_workers=jobs))
+        parts = iter(DataLoader(_Parts(self, batch_size, start, rank, world), batch_size=None, num_workers=jobs))
         if jobs:
             self._reader.forget()  # the workers have them now
         while True:
@@ -270,10 +281,12 @@ class PictureStream:
             names = [name for part in batch for name in part["skipped"]]
             yield torch.cat([part["images"] for part in batch])[order], labels[order], names
 
-    def parts(self, batch_size: int, start: int, job: int, jobs: int) -> Iterator[_Part]:
-        """What one of `jobs` workers gives to each batch from `start` on."""
-        lanes = range(job, LANES, jobs)
-        walks = {lane: self._walk(self._lanes[lane], *self.positions[lane]) for lane in lanes}
+    def parts(self, batch_size: int, start: int, rank: int, world: int, job: int, jobs: int) -> Iterator[_Part]:
+        """What one of `jobs` workers of a process gives to each batch from `start` on."""
+        walks = {
+            lane: self._walk(rank * LANES + lane, world * LANES, self.positions[lane])
+            for lane in range(job, LANES, jobs)
+        }
         for number in itertools.count(start):
             part: _Part = {
                 "places": [place for place in range(batch_size) if (number * batch_size + place) % LANES in walks],
@@ -301,10 +314,10 @@ class PictureStream:
 class _Parts(IterableDataset[_Part]):
     """`PictureStream.parts` of the worker in which it is."""
 
-    def __init__(self, stream: PictureStream, batch_size: int, start: int) -> None:
-        self.stream, self.batch_size, self.start = stream, batch_size, start
+    def __init__(self, stream: PictureStream, batch_size: int, start: int, rank: int, world: int) -> None:
+        self.stream, self.batches = stream, (batch_size, start, rank, world)
 
     def __iter__(self) -> Iterator[_Part]:
         worker = get_worker_info()
         job, jobs = (worker.id, worker.num_workers) if worker is not None else (0, 1)
-        return self.stream.parts(self.batch_size, self.start, job, jobs)
+        return self.stream.parts(*self.batches, job, jobs)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from liquid_diffusion.config import UserError
 from liquid_diffusion.data.sources import BadPictureError
@@ -91,6 +91,8 @@ def decode(content: bytes | None, name: str) -> Image.Image:
     try:
         with Image.open(io.BytesIO(content)) as image:
             return to_rgb(image)
+    except UnidentifiedImageError as error:  # whose own words name an object in memory
+        raise BadPictureError(f"{name}: it is no picture") from error
     except Exception as error:  # a decoder may raise anything: struct.error, RuntimeError, ...
         raise BadPictureError(f"{name}: {error}") from error
 

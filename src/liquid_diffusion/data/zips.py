@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from PIL import Image
 
 from liquid_diffusion.config import UserError
-from liquid_diffusion.data.ranged import RangedFile
+from liquid_diffusion.data.ranged import RangedFile, in_words
 from liquid_diffusion.data.shards import FILES_OF_A_CHUNK, Chunk, Rows
 from liquid_diffusion.data.sources import PICTURE_ENDINGS, BadPictureError, classes_of
 from liquid_diffusion.data.tables import decode
@@ -90,7 +90,7 @@ class ZipShards:
                 infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
                 stops = [info.header_offset for info in infos[1:]] + [archive.start_dir]
         except (zipfile.BadZipFile, OSError) as error:
-            raise UserError(f"{address} is damaged: {error}") from error
+            raise UserError(f"{in_words(address)} is damaged: {error}") from error
         return [
             _Entry(info.filename, info.header_offset, stop, info)
             for info, stop in zip(infos, stops, strict=True)
@@ -99,7 +99,7 @@ class ZipShards:
         ]
 
     def name(self, chunk: Chunk, index: int) -> str:
-        return f"{self._addresses[chunk.file]}, {self._entries[chunk.file][chunk.first + index].path}"
+        return f"{in_words(self._addresses[chunk.file])}, {self._entries[chunk.file][chunk.first + index].path}"
 
     def read(self, chunk: Chunk) -> Rows:
         span = slice(chunk.first, chunk.first + chunk.rows)

@@ -43,7 +43,7 @@ def pictures_of_run(run: str | Path, height: int, width: int) -> RunPictures | N
     if not settings.is_file():
         return None
     config = yaml.safe_load(settings.read_text())
-    source = open_source(config["data"])
+    source = open_source(config["data"], config.get("image_column"), config.get("label_column"))
     crop = "pad" if config.get("crop") == "pad" else "center"  # random crops have no one picture to be held against
     chosen, held_out = split(source, config["val_fraction"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -16,21 +17,19 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from liquid_diffusion.codecs import AutoencoderCodec, make_codec
 from liquid_diffusion.config import EstimateConfig, TrainConfig, UserError
 from liquid_diffusion.data.encode import Encoding, encoding_of, is_whole
+from liquid_diffusion.data.feed import Feed, describe, open_batches, open_pictures
 from liquid_diffusion.data.latents import LatentDataset
-from liquid_diffusion.data.pictures import BucketedBatches, PictureDataset, collate
-from liquid_diffusion.data.shapes import bucket_shapes
-from liquid_diffusion.data.sources import open_source
-from liquid_diffusion.data.split import split
+from liquid_diffusion.data.ranged import SourceLostError
+from liquid_diffusion.data.stream import PictureStream
 from liquid_diffusion.estimate import shortage
 from liquid_diffusion.flow import flow_loss, interpolate, sample_times, velocity
 from liquid_diffusion.grid import draw_grid
-from liquid_diffusion.hardware import at_most_cores, choose_precision, free_memory, keep_freed_memory, process_state
+from liquid_diffusion.hardware import choose_precision, free_memory, keep_freed_memory, process_state
 from liquid_diffusion.models.unet import LiquidUNet
 from liquid_diffusion.pipeline import LiquidDiffusionPipeline
 from liquid_diffusion.presets import check_size, resolve
@@ -95,8 +94,9 @@ class Trainer:
 
         self.codec = make_codec(run.codec)
         multiple = check_size(run.image_size, run.codec, self.codec.factor)
-        self.dataset: PictureDataset | LatentDataset
-        self.dataset, self.held_out = self._open_latents() if run.cache_latents else self._open_pictures(multiple)
+        self.dataset: Feed
+        self.held_out: int | None
+        self.dataset, self.held_out = self._open_latents() if run.cache_latents else open_pictures(run, multiple)
         set_seed(run.seed, device_specific=True)  # now: opening the data may have drawn, or not
         self.model = LiquidUNet.from_preset(run.model, self.codec.channels, len(self.dataset.label_names))
         self.model.to(memory_format=torch.channels_last)
@@ -127,16 +127,8 @@ class Trainer:
             count = _FIT_PICTURES_CPU_VAE if slow else _FIT_PICTURES
             self.dataset.fit_codec(self.codec, count, min(16, run.batch_size))
 
-    def _open_pictures(self, multiple: int) -> tuple[PictureDataset, int]:
-        """The pictures to train on, and the number of those held out."""
-        run, source = self.config, open_source(self.config.data)
-        chosen, held_out = split(source, run.val_fraction)
-        shapes = bucket_shapes(run.image_size, multiple) if run.buckets else None
-        dataset = PictureDataset(source, run.image_size, run.flip, run.seed, chosen, run.crop, shapes)
-        return dataset, len(held_out)
-
     def _open_latents(self) -> tuple[LatentDataset, int]:
-        """The same of latents, which are encoded first where they are the run's own and not all there."""
+        """Latents to train on, encoded first where they are the run's own and not all there; how many are held out."""
         run, own = self.config, self.config.cache_latents is True
         folder = self.folder.path / "latents" if own else Path(str(run.cache_latents)).expanduser()
         if own and not is_whole(folder):
@@ -157,14 +149,12 @@ class Trainer:
 
     def summary(self) -> str:
         """What is about to be trained, in one line."""
-        shapes = f" in {len(self.dataset.groups)} shapes" if self.config.buckets else ""
         millions = sum(p.numel() for p in self.model.parameters()) / 1e6
-        classes = f" in {len(self.dataset.label_names)} classes" if self.dataset.label_names else ""
         start = f", going on from step {self.step}" if self.step else ""
         precision = "fp32" if self.accelerator.mixed_precision == "no" else self.accelerator.mixed_precision
+        data = describe(self.dataset, self.config, self.held_out)
         return (
-            f"{self.config.model} ({millions:.1f} M parameters) on {len(self.dataset)} pictures{classes} of "
-            f"{self.config.image_size} px{shapes} ({self.held_out} more held out), codec {self.config.codec}, "
+            f"{self.config.model} ({millions:.1f} M parameters) on {data}, codec {self.config.codec}, "
             f"{self.accelerator.device.type} in {precision}, to {self.folder.path}{start}"
         )
 
@@ -220,6 +210,8 @@ class Trainer:
         accelerator.wait_for_everyone()
         accelerator.save_state(str(folder))  # each process adds its random state
         torch.save(self.generator.get_state(), folder / f"generator-{accelerator.process_index}.pt")
+        if isinstance(self.dataset, PictureStream):
+            (folder / f"stream-{accelerator.process_index}.json").write_text(json.dumps(self.dataset.positions))
         if accelerator.is_main_process:
             torch.save(self.ema.state_dict(), folder / "ema.pt")
             with self.ema_weights():
@@ -248,6 +240,9 @@ class Trainer:
         self.ema.to("cpu" if self.config.ema_on_cpu else self.accelerator.device)
         generator = folder / f"generator-{self.accelerator.process_index}.pt"
         self.generator.set_state(torch.load(generator, map_location="cpu", weights_only=True))
+        if isinstance(self.dataset, PictureStream):
+            positions = json.loads((folder / f"stream-{self.accelerator.process_index}.json").read_text())
+            self.dataset.positions = [(epoch, passed) for epoch, passed in positions]
         self.codec.set_statistics(facts["codec"]["mean"], facts["codec"]["std"])
         self.step = step
 
@@ -278,23 +273,8 @@ class Trainer:
 
     # ---- training
 
-    def _loader(self) -> DataLoader:
-        world, in_memory = self.accelerator.num_processes, self.dataset.in_memory
-        batches = BucketedBatches(
-            [indices for _, indices in self.dataset.groups],
-            self.config.batch_size * world,
-            self.config.seed,
-            start=self.step,
-            rank=self.accelerator.process_index,
-            world=world,
-        )
-        return DataLoader(
-            self.dataset,
-            batch_sampler=batches,
-            collate_fn=collate,
-            num_workers=0 if in_memory else at_most_cores(self.config.workers),
-            pin_memory=self.accelerator.device.type == "cuda",
-        )
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+        return open_batches(self.dataset, self.config.batch_size, self.step, self.config.workers)
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """The loss of a batch of the data set and labels (B,), at times and noise drawn from the run's generator."""
@@ -342,9 +322,9 @@ class Trainer:
 
     def steps(self) -> Iterator[StepResult]:
         """Train from where the run is to its last step, one at a time; nothing is written but skipped.jsonl."""
-        for images, labels, skipped in self._loader():
-            if self.finished:
-                return
+        batches = self._batches()
+        while not self.finished:  # a stream is not read further than it is trained on
+            images, labels, skipped = next(batches)
             self.folder.note_skipped(skipped, self.dataset.total)
             loss = self.train_step(images, labels)
             self.step += 1
@@ -357,7 +337,7 @@ class Trainer:
             Whether the last step was reached; else somebody asked to stop, and the state is saved.
 
         Raises:
-            UserError: the loss is no number any more.
+            UserError: the loss is no number any more, or the pictures can't be had any more; then the state is saved.
         """
         config, main = self.config, self.accelerator.is_main_process
         log = MetricsLog(self.folder.path, self.step) if main else None
@@ -366,7 +346,12 @@ class Trainer:
         )
         losses: list[Tensor] = []
         stopping, since = False, time.perf_counter()
-        with StopRequest() as stop, contextlib.closing(log) if log else contextlib.nullcontext(), bar:
+        with (
+            self._saved_if_the_source_is_lost(losses),
+            StopRequest() as stop,
+            contextlib.closing(log) if log else contextlib.nullcontext(),
+            bar,
+        ):
             for result in self.steps():
                 losses.append(result.loss)
                 bar.update()
@@ -401,6 +386,22 @@ class Trainer:
                 f"{self.folder.path} is trained and saved, but not on the Hub. {error} Then: "
                 f"liquid-diffusion export {self.folder.path} --to hub --out {repo}"
             ) from error
+
+    @contextlib.contextmanager
+    def _saved_if_the_source_is_lost(self, losses: list[Tensor]) -> Iterator[None]:
+        """The state is saved if the pictures can't be had any more within it.
+
+        One of several processes can't save alone, and the others wait for it: they go on from the last checkpoint.
+        """
+        try:
+            yield
+        except SourceLostError as error:
+            if self.accelerator.num_processes > 1:
+                raise
+            if losses:
+                self._metrics(losses, 1.0)  # what is no number is not saved
+            self.save()
+            raise UserError(f"Stopped at step {self.step}; all is saved. {error}") from error
 
     def _anyone(self, wanted: bool) -> bool:
         """Whether any process wants it."""

@@ -1,0 +1,81 @@
+"""What a training is fed with: pictures, latents encoded before, or a stream, by one face."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from liquid_diffusion.config import RunConfig
+from liquid_diffusion.data.latents import LatentDataset
+from liquid_diffusion.data.pictures import BucketedBatches, PictureDataset, collate
+from liquid_diffusion.data.shapes import bucket_shapes
+from liquid_diffusion.data.sources import open_shards, open_source
+from liquid_diffusion.data.split import split
+from liquid_diffusion.data.stream import PictureStream
+from liquid_diffusion.hardware import at_most_cores, process_state
+
+Feed = PictureDataset | LatentDataset | PictureStream
+
+
+def open_pictures(run: RunConfig, multiple: int) -> tuple[PictureDataset | PictureStream, int | None]:
+    """The pictures to train on.
+
+    Args:
+        run: says which, how they are cropped, and whether they are streamed where they can be.
+        multiple: sides of the shapes of buckets are divisible by it.
+
+    Returns:
+        Also the number of those held out; None for a stream, which knows them only when it meets them.
+
+    Raises:
+        UserError: they can't be had.
+    """
+    place = run.data, run.image_column, run.label_column
+    if run.streaming and (shards := open_shards(*place)) is not None:
+        return PictureStream(shards, run.image_size, run.flip, run.seed, run.val_fraction, run.crop), None
+    source = open_source(*place)
+    chosen, held_out = split(source, run.val_fraction)
+    shapes = bucket_shapes(run.image_size, multiple) if run.buckets else None
+    return PictureDataset(source, run.image_size, run.flip, run.seed, chosen, run.crop, shapes), len(held_out)
+
+
+def describe(feed: Feed, run: RunConfig, held_out: int | None) -> str:
+    """How many pictures of what kind a run has."""
+    classes = f" in {len(feed.label_names)} classes" if feed.label_names else ""
+    streamed = isinstance(feed, PictureStream)
+    shapes = f" in {len(feed.groups)} shapes" if run.buckets and not isinstance(feed, PictureStream) else ""
+    share = f"{run.val_fraction:.0%} of them" if held_out is None else f"{held_out} more"
+    size = f"of {run.image_size} px{shapes} ({share} held out)"
+    return f"{len(feed)} {'streamed ' if streamed else ''}pictures{classes} {size}"
+
+
+def open_batches(feed: Feed, batch_size: int, start: int, workers: int) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+    """Batches of this process among those of its launch, without end.
+
+    Args:
+        feed: a stream goes on from its own positions.
+        batch_size: pictures of a batch of this process.
+        start: number of the first batch.
+        workers: processes that read, at most as many as there are cores; none where all is in memory.
+
+    Yields:
+        images or latents' posteriors (B, ...), labels (B,) int64, and the names of pictures that can't be read.
+
+    Raises:
+        UserError: the pictures can't be had any more.
+    """
+    state, workers = process_state(), at_most_cores(workers)
+    rank, world = state.process_index, state.num_processes
+    if isinstance(feed, PictureStream):
+        yield from feed.batches(batch_size, start, workers, rank, world)
+        return
+    order = BucketedBatches([indices for _, indices in feed.groups], batch_size * world, feed.seed, start, rank, world)
+    yield from DataLoader(
+        feed,
+        batch_sampler=order,
+        collate_fn=collate,
+        num_workers=0 if feed.in_memory else workers,
+        pin_memory=state.device.type == "cuda",
+    )
