@@ -19,6 +19,7 @@ from liquid_diffusion.config import (
     EvaluateConfig,
     ExportConfig,
     SampleConfig,
+    ShowConfig,
     TrainConfig,
     UserError,
 )
@@ -53,10 +54,10 @@ def _train(arguments: dict[str, Any]) -> int:
 def _hand_over(function: str, config: type | None, arguments: dict[str, Any]) -> int:
     """Call a function of the package with RUN and the options, as far as it has them, and print what it says."""
     module, name = function.rsplit(".", maxsplit=1)
-    run = [arguments.pop("run")] if "run" in arguments else []
+    first = [arguments.pop(name) for name in ("run", "show_source") if name in arguments]
     json = {"as_json": arguments.pop("json")} if "json" in arguments else {}
     options = [config(**arguments)] if config else []
-    said = getattr(importlib.import_module(f"liquid_diffusion.{module}"), name)(*run, *options, **json)
+    said = getattr(importlib.import_module(f"liquid_diffusion.{module}"), name)(*first, *options, **json)
     if said is not None:
         print(said)
     return 0
@@ -70,12 +71,17 @@ _COMMANDS: dict[str, tuple[str, type | None, str]] = {
     "demo": ("demo.serve.serve", DemoConfig, "show a trained one as a web page"),
     "encode": ("data.encode.encode", EncodeConfig, "encode pictures once, for train --cache-latents"),
     "estimate": ("estimate.report", EstimateConfig, "tell what memory a training will need"),
-    "datasets": ("data.registry.describe", None, "list the data sets known by name"),
+    "datasets": ("data.show.datasets", ShowConfig, "list the data sets known by name, or draw what one looks like"),
 }
 _RUN = ("run", "?", "run folder, pipeline folder or Hub id (default: the packaged model)")
 _FIRST = {
     **dict.fromkeys(("sample", "evaluate", "export", "demo"), _RUN),
     "encode": ("data", None, "as for train --data"),
+    "datasets": (
+        "show_source",
+        "*",
+        "show SOURCE writes a grid of what a model is fed with; SOURCE as for train --data",
+    ),
 }
 
 
@@ -99,7 +105,8 @@ def _parser() -> ArgumentParser:
     commands = parser.add_subcommands(required=True, dest="command", metavar="COMMAND")
     for name, (_, config, text) in _COMMANDS.items():
         first, count, what = _FIRST.get(name, ("", None, ""))
-        place = f"[{first.upper()}] " if count else f"{first.upper()} " if first else ""
+        named = "show SOURCE" if name == "datasets" else first.upper()
+        place = f"[{named}] " if count else f"{named} " if first else ""
         usage = f"liquid-diffusion {name} {place}[options]"
         command = ArgumentParser(usage=usage, description=text[0].upper() + text[1:] + ".", formatter_class=_Formatter)
         if config is not None:

@@ -1,0 +1,79 @@
+"""What `liquid-diffusion datasets` does: the table of known data sets, or a grid of what a model would be fed."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from liquid_diffusion.config import ShowConfig, TrainConfig, UserError
+from liquid_diffusion.data.registry import describe, find_facts
+from liquid_diffusion.presets import resolve
+
+if TYPE_CHECKING:  # the table of data sets comes at once
+    from torch import Tensor
+
+_COLUMNS = 8
+_ROWS = 4  # where there are no classes
+_MOST_CLASSES = 10
+_LOOKED_AT = 400  # pictures in which each class is looked for
+
+
+def datasets(show_source: list[str] | None, config: ShowConfig, as_json: bool = False) -> str:
+    """The table of data sets where nothing is said; [show, SOURCE] writes a grid and says what is on it.
+
+    Raises:
+        UserError: it is something else, or the source can't be had.
+    """
+    if not show_source:
+        return describe(as_json)
+    if len(show_source) != 2 or show_source[0] != "show":
+        raise UserError("Say `liquid-diffusion datasets`, or `liquid-diffusion datasets show SOURCE --out grid.png`.")
+    return show(show_source[1], config)
+
+
+def show(source: str, config: ShowConfig) -> str:
+    """Write the first pictures of a training to `config.out`, cropped and mirrored as the model would get them.
+
+    A row for each class, of the first ten; without classes as they come.
+
+    Returns:
+        In words: where the grid is, and what was met on the way.
+    """
+    from liquid_diffusion.data.feed import describe as describe_feed
+    from liquid_diffusion.data.feed import open_batches, open_pictures
+    from liquid_diffusion.data.transforms import to_float, to_pil
+    from liquid_diffusion.grid import draw_grid
+
+    run = resolve(TrainConfig(**{**asdict(config), "data": source, "val_fraction": 0.0}), "cpu")
+    feed, held_out = open_pictures(run, multiple=1)
+    classes = feed.label_names[:_MOST_CLASSES]
+    rows: list[list[Tensor]] = [[] for _ in classes or range(_ROWS)]
+    skipped = list(feed.skipped)
+    limit = min(_LOOKED_AT, len(feed))
+    for taken, (images, labels, bad) in enumerate(open_batches(feed, 1, 0, workers=0)):
+        skipped += bad
+        row = int(labels[0]) if classes else taken // _COLUMNS
+        if row < len(rows) and len(rows[row]) < _COLUMNS:
+            rows[row].append(images[0])
+        if taken + 1 == limit or all(len(row) == _COLUMNS for row in rows):
+            break
+    shown = [row + [row[0].new_full(row[0].shape, 255)] * (_COLUMNS - len(row)) for row in rows if row]
+    kept = [name for name, row in zip(classes, rows, strict=False) if row]
+    sheet = draw_grid([to_pil(to_float(image)[None])[0] for image in itertools.chain(*shown)], _COLUMNS, kept)
+    out = Path(config.out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(out)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{out} can't be written: {error}.") from error
+    lines = [f"{out}: {sum(map(len, rows))} of {describe_feed(feed, run, held_out)}."]
+    if feed.label_names:
+        lines.append(f"Classes: {', '.join(feed.label_names)}.")
+    facts = find_facts(source)
+    if facts is not None and facts.captions:
+        lines.append(f"Its captions (column {facts.captions}) are not used: models are conditioned on classes.")
+    if skipped:
+        lines.append(f"{len(skipped)} can't be read, e.g. {skipped[0]}.")
+    return "\n".join(lines)

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Features
+from datasets import Image as ImageFeature
+from hub_sets import build, encoded, write_parquet
+from little_hub import LittleHub
+from PIL import Image
+
+from liquid_diffusion.cli import main
+from liquid_diffusion.data.registry import find_facts
+
+Capture = pytest.CaptureFixture[str]
+
+
+def cells(path: Path, left: int) -> np.ndarray:
+    """The colours in the middles of the pictures of a grid of 8 columns, 64 px each: (rows, 8, 3)."""
+    with Image.open(path) as sheet:
+        pixels = np.asarray(sheet)
+    return pixels[32::66, left + 32 :: 66][:, :8]
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_a_row_for_each_class(tmp_path: Path, streaming: str, capsys: Capture) -> None:
+    """Each picture under the name of its class, whatever the order they are fed in."""
+    rows = {"image": encoded(range(1, 31)), "label": [n % 3 for n in range(1, 31)]}
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=["a", "b", "c"])})
+    write_parquet(tmp_path / "t/x.parquet", rows, features, group=8)
+    out = tmp_path / "new" / "grid.png"
+    assert main(["datasets", "show", str(tmp_path / "t"), "--out", str(out), "--streaming", streaming]) == 0
+    with Image.open(out) as sheet:
+        left = sheet.width - (8 * 66 - 2)
+        assert sheet.height == 3 * 66 - 2
+    numbers = cells(out, left).astype(int) @ [65536, 256, 1]
+    assert numbers.shape == (3, 8)
+    for label, row in enumerate(numbers):
+        assert {number % 3 for number in row} == {label}
+        assert len(set(row)) == 8
+    said = capsys.readouterr().out
+    assert "24 of 30" in said
+    assert "Classes: a, b, c." in said
+
+
+def test_captions_are_said_to_be_unused(little_hub: LittleHub, tmp_path: Path, capsys: Capture) -> None:
+    facts = find_facts("pokemon")
+    assert facts is not None
+    build(little_hub, facts)
+    assert main(["datasets", "show", "pokemon", "--out", str(tmp_path / "g.png"), "--streaming", "true"]) == 0
+    said = capsys.readouterr().out
+    assert "captions (column text) are not used" in said
+    assert "20 of 20 streamed pictures" in said
+    numbers = cells(tmp_path / "g.png", 0).astype(int) @ [65536, 256, 1]
+    assert sorted(numbers.flatten())[:20] == list(range(20))  # the other cells are white
+
+
+def test_bad_pictures_are_told(photos: Path, tmp_path: Path, capsys: Capture) -> None:
+    (photos / "cat" / "01.png").write_bytes(b"")
+    assert main(["datasets", "show", str(photos), "--out", str(tmp_path / "g.png")]) == 0
+    assert "1 can't be read, e.g." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["show"], "datasets show SOURCE"),
+        (["shwo", "emoji"], "datasets show SOURCE"),
+        (["show", "./nowhere"], "no folder './nowhere'"),
+        (["show", "emoji", "--out", "/proc/x.png"], "/proc/x.png can't be written"),
+        (["show", "emoji", "--out", "x.nonsense"], "x.nonsense can't be written"),
+        (["show", "emoji", "--image-size", "0"], "image_size must be at least 1"),
+    ],
+)
+def test_mistakes(arguments: list[str], words: str, tmp_path: Path, capsys: Capture) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        assert main(["datasets", *arguments]) == 2
+    assert words in capsys.readouterr().err
