@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/quickstart
 
-.PHONY: quickstart test lint bench bench-depthwise quality ablations causal figures ship bench-installed install clean
+.PHONY: quickstart test lint bench bench-depthwise package quality ablations causal figures ship bench-installed install clean
 
 quickstart: install  ## train on the emoji, draw pictures, and show the nearest training picture of each
 	$(BIN)/liquid-diffusion train --out $(RUN)
@@ -21,6 +21,18 @@ bench: bench-installed  ## training step and sampling beside peers of equal para
 
 bench-depthwise: install  ## our depthwise convolution beside the library's
 	$(BIN)/python benchmarks/depthwise.py
+
+package: install  ## build, install the wheel in a fresh environment, and use it from an empty folder
+	rm -rf dist build/package
+	$(BIN)/python -m build --no-isolation
+	$(PYTHON) -m venv build/package/venv
+	build/package/venv/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	mkdir build/package/empty
+	cd build/package/empty && set -ex; PATH="$$PWD/../venv/bin:$$PATH"; unset PYTHONPATH; \
+	  liquid-diffusion --help >help.txt; \
+	  liquid-diffusion train --image-size 16 --steps 2 --out run; \
+	  liquid-diffusion sample run --n 4 --steps 2 --out grid.png; \
+	  liquid-diffusion export run --out exported
 
 SEEDS ?= 0 1 2
 SECONDS ?= 480
@@ -57,4 +69,4 @@ install: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv runs dist
+	rm -rf .venv runs dist build
