@@ -60,7 +60,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
     assert facts.license_expression == "MIT"
     assert facts.description_content_type == "text/markdown"
     assert set(facts.provides_extra or ()) == set(PROJECT["optional-dependencies"])
-    assert (message_from_string(text).get_payload() or "").startswith("# LiquidDiffusion")
+    assert str(message_from_string(text).get_payload()).startswith("# LiquidDiffusion")
 
 
 def test_the_source_archive_can_be_tested_and_built(built: Path) -> None:
