@@ -1,18 +1,23 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
+import PIL.features
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
-from PIL import Image
+from PIL import Image, ImageFile
 
 from liquid_diffusion.config import UserError
 from liquid_diffusion.data.registry import DATASETS
 from liquid_diffusion.data.sources import BadPictureError, EmojiSource, FolderSource, open_source
+from liquid_diffusion.data.tables import decode
 
 
 def test_emoji() -> None:
@@ -108,10 +113,78 @@ def test_no_damage_is_more_than_a_bad_picture(tmp_path: Path, kind: str) -> None
             assert FolderSource(tmp_path).read(0)[0].mode == "RGB"
 
 
-def test_a_bomb_is_named(photos: Path) -> None:
-    Image.new("1", (20000, 20000)).save(photos / "cat" / "01.png")
+def test_a_bomb_is_named_before_it_is_decoded(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """20,000 x 20,000 in a few bytes: refused by its header, nothing is allocated, from a folder and from a table."""
+    bomb = b"\x89PNG\r\n\x1a\n"
+    header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")):
+        bomb += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    (photos / "cat" / "01.png").write_bytes(bomb)
+
+    def never(*_: object) -> None:
+        raise AssertionError("it was decoded")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", never)
     with pytest.raises(BadPictureError, match=r"cat.01\.png: .*decompression bomb"):
         open_source(str(photos)).read(0)
+    with pytest.raises(BadPictureError, match=r"row 7: .*decompression bomb"):
+        decode(bomb, "row 7")
+
+
+def stored(kind: str, colour: object = (200, 30, 90), mode: str = "RGB", **options: object) -> bytes:
+    file = io.BytesIO()
+    Image.new(mode, (24, 16), colour).save(file, kind, **options)  # type: ignore[arg-type]
+    return file.getvalue()
+
+
+def turned() -> bytes:
+    """Stored upright, red at the left; its EXIF says that it has to be turned clockwise: red at the top."""
+    exif = Image.Exif()
+    exif[274] = 6
+    image = Image.new("RGB", (16, 24), (200, 30, 90))
+    image.paste("white", (8, 0, 16, 24))
+    file = io.BytesIO()
+    image.save(file, "JPEG", exif=exif, quality=95)
+    return file.getvalue()
+
+
+def animated(kind: str) -> bytes:
+    blue = Image.new("RGB", (24, 16), "blue")
+    return stored(kind, save_all=True, append_images=[blue], duration=100, lossless=True)
+
+
+PICTURES = {
+    "grey.png": (stored("PNG", 77, "L"), (77, 77, 77)),
+    "palette.png": (stored("PNG", 3, "P"), None),
+    "alpha.png": (stored("PNG", (200, 30, 90, 0), "RGBA"), (255, 255, 255)),
+    "grey-alpha.png": (stored("PNG", (77, 0), "LA"), (255, 255, 255)),
+    "deep.png": (stored("PNG", 257 * 51, "I;16"), (51, 51, 51)),
+    "print.jpg": (stored("JPEG", (0, 255, 255, 0), "CMYK"), (255, 0, 0)),
+    "photo.jpeg": (stored("JPEG", quality=95), (200, 30, 90)),
+    "turned.jpg": (turned(), (200, 30, 90)),
+    "web.webp": (stored("WEBP", lossless=True), (200, 30, 90)),
+    "moving.webp": (animated("WEBP"), (200, 30, 90)),
+    "moving.gif": (animated("GIF"), (200, 30, 90)),
+    "moving.png": (animated("PNG"), (200, 30, 90)),
+    "scan.tiff": (stored("TIFF"), (200, 30, 90)),
+    "bits.bmp": (stored("BMP"), (200, 30, 90)),
+    "really-a-png.jpg": (stored("PNG"), (200, 30, 90)),
+    **({"new.avif": (stored("AVIF", quality=95), (200, 30, 90))} if PIL.features.check("avif") else {}),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_every_kind_of_picture(tmp_path: Path, name: str) -> None:
+    """From a file, whatever its ending, and from the bytes in a table: RGB, upright, the first frame, on white."""
+    content, colour = PICTURES[name]
+    (tmp_path / name).write_bytes(content)
+    for image in (FolderSource(tmp_path).read(0)[0], decode(content, name)):
+        assert image.mode == "RGB"
+        assert image.size == (24, 16)
+        if colour is not None:
+            assert image.getpixel((2, 2)) == pytest.approx(colour, abs=4)
+    with pytest.raises(BadPictureError, match=name):
+        decode(content[: len(content) // 3], name)
 
 
 @pytest.mark.parametrize(

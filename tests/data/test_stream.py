@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,8 +113,19 @@ def test_going_on_takes_the_very_next_picture(table: str, workers: int, then: in
         begun = make(table, val_fraction=0.2)
         list(itertools.islice(begun.batches(5, 0, workers), stop))
         gone_on = make(table, val_fraction=0.2)
-        gone_on.positions = begun.positions
+        gone_on.load_state(json.loads(json.dumps(begun.state())))
         assert ids(gone_on.batches(5, stop, then), 30 - stop) == list(itertools.chain(*whole[stop:]))
+
+
+def test_files_that_changed_are_not_gone_on_with(table: str, tmp_path: Path) -> None:
+    """As many pictures as before, in other row groups: positions would mean other pictures."""
+    state = make(table).state()
+    rows = {"image": encoded(range(20), size=(2, 2)), "label": [0] * 20}
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=["a", "b", "c"])})
+    write_parquet(tmp_path / "table/0.parquet", rows, features, group=5)
+    assert len(make(table)) == 60
+    with pytest.raises(UserError, match="have changed since"):
+        make(table).load_state(state)
 
 
 def test_processes_divide_the_pictures(table: str) -> None:
@@ -240,7 +252,7 @@ def test_a_source_that_is_gone_ends_clearly_and_can_be_gone_on_with(hub_table: L
             taken += ids(iter([batch]), 1)
     hub_table.heal()
     again = make("some/table")
-    again.positions = found.positions
+    again.load_state(found.state())
     assert taken + ids(again.batches(4, len(taken) // 4, workers), 12 - len(taken) // 4) == whole
 
 

@@ -47,8 +47,8 @@ def describe(feed: Feed, run: RunConfig, held_out: int | None) -> str:
     streamed = isinstance(feed, PictureStream)
     shapes = f" in {len(feed.groups)} shapes" if run.buckets and not isinstance(feed, PictureStream) else ""
     share = f"{run.val_fraction:.0%} of them" if held_out is None else f"{held_out} more"
-    size = f"of {run.image_size} px{shapes} ({share} held out)"
-    return f"{len(feed)} {'streamed ' if streamed else ''}pictures{classes} {size}"
+    besides = f" ({share} held out)" if run.val_fraction else ""
+    return f"{len(feed)} {'streamed ' if streamed else ''}pictures{classes} of {run.image_size} px{shapes}{besides}"
 
 
 def open_batches(feed: Feed, batch_size: int, start: int, workers: int) -> Iterator[tuple[Tensor, Tensor, list[str]]]:

@@ -76,7 +76,7 @@ DATASETS = (
         columns=("image", "label"),
         files="13 parquet, 7 GB",
         licence=f"{_NO_CARD}; the original is CC-BY-NC-4.0",
-        note="Large: --streaming true starts at once.",
+        note="Large: --streaming true starts without downloading it.",
     ),
     DatasetFacts(
         name="celeba-faces",

@@ -8,6 +8,7 @@ on, the chunks of one window are read, however far it has come.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 import random
@@ -114,7 +115,7 @@ class PictureStream:
         val_fraction: share of pictures held out, see `is_held_out`.
 
     Attributes:
-        positions: where each lane of this process is, after the batches that were given out; set it to go on.
+        positions: where each lane of this process is, after the batches that were given out.
     """
 
     def __init__(
@@ -151,6 +152,28 @@ class PictureStream:
     def usual_shape(self) -> Shape:
         """The shape of all pictures."""
         return self.image_size, self.image_size
+
+    # ---- going on
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint needs to go on with the very next picture, JSON-able."""
+        return {"chunks": self._layout(), "positions": self.positions}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from a `state`.
+
+        Raises:
+            UserError: the files are laid out in another way than they were, so that positions mean other pictures.
+        """
+        if state["chunks"] != self._layout():
+            raise UserError(
+                f"The files of {self.shards.origin} have changed since the training was stopped; choose another --out "
+                "to train on what is there now."
+            )
+        self.positions = [(epoch, passed) for epoch, passed in state["positions"]]
+
+    def _layout(self) -> str:
+        return hashlib.sha256(repr(self.shards.chunks).encode()).hexdigest()
 
     # ---- the order
 

@@ -211,7 +211,7 @@ class Trainer:
         accelerator.save_state(str(folder))  # each process adds its random state
         torch.save(self.generator.get_state(), folder / f"generator-{accelerator.process_index}.pt")
         if isinstance(self.dataset, PictureStream):
-            (folder / f"stream-{accelerator.process_index}.json").write_text(json.dumps(self.dataset.positions))
+            (folder / f"stream-{accelerator.process_index}.json").write_text(json.dumps(self.dataset.state()))
         if accelerator.is_main_process:
             torch.save(self.ema.state_dict(), folder / "ema.pt")
             with self.ema_weights():
@@ -241,8 +241,8 @@ class Trainer:
         generator = folder / f"generator-{self.accelerator.process_index}.pt"
         self.generator.set_state(torch.load(generator, map_location="cpu", weights_only=True))
         if isinstance(self.dataset, PictureStream):
-            positions = json.loads((folder / f"stream-{self.accelerator.process_index}.json").read_text())
-            self.dataset.positions = [(epoch, passed) for epoch, passed in positions]
+            stream = folder / f"stream-{self.accelerator.process_index}.json"
+            self.dataset.load_state(json.loads(stream.read_text()))
         self.codec.set_statistics(facts["codec"]["mean"], facts["codec"]["std"])
         self.step = step
 
