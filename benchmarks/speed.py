@@ -15,18 +15,24 @@ import csv
 import platform
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from peers import EagerLiquidUNet, check_size, dit, unet2d
 from torch import Tensor, nn
 
+from liquid_diffusion.codecs import AutoencoderCodec, PixelCodec
 from liquid_diffusion.compile import compile_for_sampling
+from liquid_diffusion.estimate import SD_VAE
+from liquid_diffusion.export import export_onnx
 from liquid_diffusion.hardware import fastest_dtype, keep_freed_memory
 from liquid_diffusion.models.unet import LiquidUNet
+from liquid_diffusion.pipeline import LiquidDiffusionPipeline
 from liquid_diffusion.sampling import make_scheduler, solver_times
 
 RESULTS = Path(__file__).parent / "results"
@@ -104,33 +110,105 @@ def training_steps(models: dict[str, nn.Module], batch: int, size: int, device: 
     return {name: step_of(model) for name, model in models.items()}
 
 
+def schedule(device: torch.device) -> list[float]:
+    return solver_times(make_scheduler(), STEPS, device)
+
+
+def plain(model: nn.Module, x: Tensor, t: Tensor, labels: Tensor) -> Callable[[], Tensor]:
+    """One evaluation of a model as it is, in the arithmetic that the machine is fast in."""
+    dtype = fastest_dtype(x.device)
+
+    @torch.no_grad()
+    def evaluate() -> Tensor:
+        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+            out = model(x, t, labels)
+        return out if isinstance(out, Tensor) else out.sample
+
+    return evaluate
+
+
 def samplings(models: dict[str, nn.Module], batch: int, size: int, device: torch.device) -> dict[str, Callable]:
-    """One evaluation of the model; of ours as the sampler runs it."""
+    """One evaluation of each model; of ours as the sampler runs it, with one class for all and with one for each."""
     x, _, labels = batch_of(batch, size, device)
-    dtype = fastest_dtype(device)
-    times = solver_times(make_scheduler(), STEPS, device)
+    times = schedule(device)
     t = torch.full((batch,), times[3], device=device)
     ours = models[OURS]
     assert isinstance(ours, LiquidUNet)
-    compiled = compile_for_sampling(ours, times, labels)
-
-    def plain(model: nn.Module) -> Callable[[], None]:
-        @torch.no_grad()
-        def evaluate() -> None:
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                model(x, t, labels)
-
-        return evaluate
-
-    functions: dict[str, Callable] = {name: plain(model) for name, model in models.items() if name != OURS}
+    same, each = (compile_for_sampling(ours, times, some) for some in (labels[:1], labels))
     return {
-        OURS: lambda: compiled(x, t),
-        f"{OURS}, not compiled": plain(ours),
-        **functions,
+        OURS: lambda: same(x, t),
+        f"{OURS}, a class for each": lambda: each(x, t),
+        f"{OURS}, not compiled": plain(ours, x, t, labels),
+        **{name: plain(model, x, t, labels) for name, model in models.items() if name != OURS},
     }
 
 
-def measure(preset: str, sizes: list[int], batches: list[int], runs: int) -> None:
+def edge(models: dict[str, nn.Module], batch: int, size: int, device: torch.device) -> dict[str, Callable]:
+    """One evaluation in float32, for machines without a matrix unit: PyTorch beside onnxruntime."""
+    import onnxruntime
+
+    x, _, labels = batch_of(batch, size, device)
+    times = schedule(device)
+    t = torch.full((batch,), times[3], device=device)
+    ours = models[OURS]
+    assert isinstance(ours, LiquidUNet)
+    compiled = compile_for_sampling(ours, times, labels[:1], dtype=torch.float32)
+    pipeline = LiquidDiffusionPipeline(ours, make_scheduler(), codec=PixelCodec().state())
+    with tempfile.TemporaryDirectory() as folder:
+        export_onnx(pipeline, Path(folder))
+        session = onnxruntime.InferenceSession(f"{folder}/model.onnx", providers=["CPUExecutionProvider"])
+    inputs = {"sample": x.contiguous().numpy(), "timestep": t.numpy(), "class_labels": labels.numpy()}
+
+    @torch.no_grad()
+    def not_compiled() -> None:
+        ours(x, t, labels)
+
+    return {
+        OURS: lambda: compiled(x, t),
+        f"{OURS}, not compiled": not_compiled,
+        f"{OURS}, onnxruntime": lambda: session.run(None, inputs),
+    }
+
+
+def with_decoder(models: dict[str, nn.Module], batch: int, size: int, device: torch.device) -> dict[str, Callable]:
+    """25 evaluations and the SD-VAE's decoder, of random weights: what a person waits for."""
+    x, _, labels = batch_of(batch, size, device)
+    t = torch.full((batch,), schedule(device)[3], device=device)
+    codec = AutoencoderCodec(AutoencoderKL(**SD_VAE).to(device), "sd-vae")
+    evaluations = samplings(models, batch, size, device)
+
+    def sampling(evaluate: Callable[[], Tensor]) -> Callable[[], None]:
+        def sample() -> None:
+            for _ in range(STEPS):
+                latents = evaluate()
+            codec.decode(latents)
+
+        return sample
+
+    functions = {name: sampling(evaluations[name]) for name in evaluations if name == OURS or "," not in name}
+    return {**functions, "decoder alone": lambda: codec.decode(plain(models[OURS], x, t, labels)())}
+
+
+TASKS: dict[str, Callable[..., dict[str, Callable]]] = {
+    "evaluation": samplings,
+    "training step": training_steps,
+    "evaluation in float32": edge,
+    "sampling with decoder": with_decoder,
+}
+
+
+def is_worth_it(task: str, batch: int, size: int, device: torch.device) -> bool:
+    """On a CPU some combinations take the peers minutes and nobody runs them."""
+    if task == "training step":
+        return batch > 1 and (device.type != "cpu" or size <= 64)
+    if task == "evaluation in float32":
+        return device.type == "cpu" and size == 32
+    if task == "sampling with decoder":
+        return device.type != "cpu" or (batch, size) == (1, 32)
+    return True
+
+
+def measure(preset: str, sizes: list[int], batches: list[int], tasks: list[str], runs: int) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     keep_freed_memory()
     machine = (
@@ -149,9 +227,9 @@ def measure(preset: str, sizes: list[int], batches: list[int], runs: int) -> Non
         for size in sizes:
             models = build(preset, size, device)
             for batch in batches:
-                for task, make in (("evaluation", samplings), ("training step", training_steps)):
-                    if task == "training step" and (size > 64 or batch == 1):
-                        continue  # minutes a step for the peers on a CPU, and nobody trains on one picture
+                for task, make in TASKS.items():
+                    if task not in tasks or not is_worth_it(task, batch, size, device):
+                        continue
                     times = take_turns(make(models, batch, size, device), runs, device)
                     for name, some in times.items():
                         middle = statistics.median(some)
@@ -159,7 +237,7 @@ def measure(preset: str, sizes: list[int], batches: list[int], runs: int) -> Non
                         writer.writerow([*row, f"{middle:.1f}", f"{min(some):.1f}", f"{max(some):.1f}", runs])
                         ratio = middle / statistics.median(times[OURS])
                         print(
-                            f"{task:14} {preset} batch {batch} latent {size:3} {name:26}{middle:9.1f} ms {ratio:6.2f}",
+                            f"{task:22} {preset} batch {batch} latent {size:3} {name:26}{middle:9.1f} ms {ratio:6.2f}",
                             flush=True,
                         )
                     file.flush()
@@ -173,9 +251,9 @@ def draw() -> None:
     from matplotlib import pyplot as plt
 
     with (RESULTS / "speed.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["task"] == "evaluation"]
+        rows = [row for row in csv.DictReader(file) if row["task"] == "evaluation" and row["preset"] == "tiny"]
     batch = max((row["batch"] for row in rows), key=int)
-    rows = [row for row in rows if row["batch"] == batch]
+    rows = [row for row in rows if row["batch"] == batch and "," not in row["model"]]
     latest = {(row["model"], int(row["latent"])): float(row["median_ms"]) for row in rows}
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for name in dict.fromkeys(row["model"] for row in rows):
@@ -199,11 +277,12 @@ def main() -> None:
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64, 128])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--plot", action="store_true")
     arguments = parser.parse_args()
     if not arguments.plot:
-        measure(arguments.preset, arguments.sizes, arguments.batches, arguments.runs)
+        measure(arguments.preset, arguments.sizes, arguments.batches, arguments.tasks, arguments.runs)
     draw()
 
 

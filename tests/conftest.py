@@ -39,6 +39,12 @@ def _same_draws() -> None:
 
 
 @pytest.fixture
+def exact_codec(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autoencoders in float32, also on a machine that is fast in bfloat16."""
+    monkeypatch.setattr("liquid_diffusion.codecs.fastest_dtype", lambda device: torch.float32)
+
+
+@pytest.fixture
 def photos(tmp_path: Path) -> Path:
     """A folder of 24 pictures in two classes, of different sizes: each a coloured disc on noise."""
     folder = tmp_path / "photos"

@@ -47,6 +47,7 @@ def test_latents_are_normalised(codec: PixelCodec | AutoencoderCodec) -> None:
     torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(codec.channels).double(), atol=0.05, rtol=0)
 
 
+@pytest.mark.usefixtures("exact_codec")
 def test_autoencoder_is_frozen_and_its_own_scaling_is_undone() -> None:
     vae = tiny_vae().train()
     codec = AutoencoderCodec(vae, "x")
@@ -69,6 +70,7 @@ def test_posterior_is_drawn_from_the_generator() -> None:
     assert not torch.equal(first, other)
 
 
+@pytest.mark.usefixtures("exact_codec")
 def test_decoding_goes_on_in_tiles_when_the_memory_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     codec = AutoencoderCodec(tiny_vae(), "x")
     decode, fails = codec.vae.decode, [True]
@@ -120,3 +122,16 @@ def test_codecs_that_can_not_be_had(tmp_path: Path) -> None:
         load_vae(str(tmp_path / "cut"))
     with pytest.raises(UserError, match="is a UNet2DModel; only AutoencoderKL and AutoencoderTiny"):
         load_vae(str(tmp_path / "unet"))
+
+
+def test_bfloat16_where_it_is_fast_is_near_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    codec, images = AutoencoderCodec(tiny_vae(), "x"), torch.rand(2, 3, 32, 32) * 2 - 1
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr("liquid_diffusion.codecs.fastest_dtype", lambda device, dtype=dtype: dtype)
+        mean, std = codec.posterior(images)
+        results.append((mean, std, codec.decode(mean)))
+    for exact, half in zip(*results, strict=True):
+        assert half.dtype == torch.float32
+        assert 0 < (half - exact).std() < 0.05 * exact.std()
+    assert codec.vae.dtype == torch.float32  # what is saved stays exact

@@ -23,7 +23,8 @@ from liquid_diffusion.models.unet import LiquidUNet
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Of a card's memory, what the CUDA context, the libraries' workspaces and the allocator's gaps leave for tensors.
 _USABLE = 0.9
-_SD_VAE: dict[str, Any] = {
+# stabilityai/sd-vae-ft-mse
+SD_VAE: dict[str, Any] = {
     "block_out_channels": [128, 256, 512, 512],
     "down_block_types": ["DownEncoderBlock2D"] * 4,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
@@ -77,7 +78,7 @@ def _train_on_fakes(config: EstimateConfig, channels: int, side: int) -> tuple[i
 
 def _encode_on_fakes(config: EstimateConfig) -> tuple[int, int]:
     """Bytes of the SD-VAE, and of its activations while it encodes a batch in float32."""
-    vae = AutoencoderKL(**_SD_VAE)
+    vae = AutoencoderKL(**SD_VAE)
     weights = sum(parameter.numel() * 4 for parameter in vae.parameters())
     tracker = MemTracker()
     with tracker, torch.no_grad():

@@ -63,6 +63,7 @@ def latents(folder: Path) -> dict[str, torch.Tensor]:
     return {name: torch.cat([file[name] for file in files]) for name in files[0]}
 
 
+@pytest.mark.usefixtures("exact_codec")
 @pytest.mark.parametrize("crop", ["center", "pad"])
 def test_posteriors_are_those_of_diffusers(configure: Configure, vae: Path, photos: Path, crop: str) -> None:
     """Every picture, mirrored too, sized by PIL's own functions and put through the autoencoder one at a time."""

@@ -60,6 +60,7 @@ def codec_of(config: RunConfig) -> AutoencoderCodec:
     return codec
 
 
+@pytest.mark.usefixtures("exact_codec")
 def test_an_epoch_is_the_pictures_own(folder: Path, run: Run) -> None:
     """Order, labels and mirroring are those of training on the pictures; the posteriors too, but for rounding."""
     config = run()

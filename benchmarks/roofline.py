@@ -1,0 +1,107 @@
+"""What a step computes and moves, against what the machine can compute and move.
+
+    python benchmarks/roofline.py            # counts, ceilings and times, to benchmarks/results/roofline.csv
+
+FLOPs are PyTorch's own count (convolutions and matrix products). Bytes are what every operator reads and writes, as if
+nothing stayed in a cache between two of them: the part of a step that is not a product is bound by them. Ceilings are
+measured on the machine: a product of large bfloat16 matrices, and an addition of two tensors of the size that the
+model's finest stage has. oneDNN's own operators are not in that count: the products of a compiled model are those
+of the model that it was made from.
+"""
+
+from __future__ import annotations
+
+import csv
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from speed import OURS, build, samplings, take_turns, training_steps
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from liquid_diffusion.hardware import keep_freed_memory
+
+RESULT = Path(__file__).parent / "results" / "roofline.csv"
+CPU = torch.device("cpu")
+COLUMNS = ["task", "model", "latent", "gflop", "gigabytes", "operators", "compute_ms", "memory_ms", "measured_ms"]
+
+
+class ByteCounter(TorchDispatchMode):
+    """Bytes that operators read and write, without those that only give a tensor another view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.operators = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.is_view or "empty" in func.__name__:
+            return result
+        read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        written = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in read + written)
+        self.operators += 1
+        return result
+
+
+def median_seconds(function: Callable[[], object], runs: int = 9) -> float:
+    """Of a function, after one call that is not counted."""
+    function()
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def ceilings(latent: int, batch: int) -> tuple[float, float]:
+    """FLOP/s of a bfloat16 product, and bytes/s of an addition of tensors as large as those of the finest stage."""
+    matrix = torch.randn(4096, 4096, dtype=torch.bfloat16)
+    compute = 2 * 4096**3 / median_seconds(lambda: matrix @ matrix)
+    tensor = torch.randn(batch * 64 * latent**2).to(torch.bfloat16)
+    other = torch.randn_like(tensor)
+    bandwidth = 3 * 2 * len(tensor) / median_seconds(lambda: tensor.add_(other), 99)
+    return compute, bandwidth
+
+
+def count(function: Callable[[], object]) -> tuple[int, int, int]:
+    """FLOPs, bytes and operators of a call."""
+    with FlopCounterMode(display=False) as flops:
+        function()
+    with ByteCounter() as traffic:
+        function()
+    return flops.get_total_flops(), traffic.bytes, traffic.operators
+
+
+def main() -> None:
+    keep_freed_memory()
+    rows = []
+    for latent in (32, 64, 128):
+        models = build("tiny", latent, CPU)
+        compute, bandwidth = ceilings(latent, 8)
+        print(f"{latent}: {compute / 1e12:.2f} TFLOP/s, {bandwidth / 1e9:.1f} GB/s")
+        for task, make in (("evaluation", samplings), ("training step", training_steps)):
+            if task == "training step" and latent > 64:
+                continue
+            functions = make(models, 8, latent, CPU)
+            times = take_turns(functions, 5, CPU)
+            for name in (OURS, "eager transcription", "UNet2DModel", "DiTTransformer2DModel"):
+                flops, moved, operators = count(functions[name])
+                if task == "evaluation" and name == OURS:
+                    flops = count(functions[f"{OURS}, not compiled"])[0]
+                limits = [1e3 * flops / compute, 1e3 * moved / bandwidth, statistics.median(times[name])]
+                rows.append([task, name, latent, f"{flops / 1e9:.1f}", f"{moved / 1e9:.2f}", operators])
+                rows[-1] += [f"{limit:.1f}" for limit in limits]
+                print(*rows[-1], flush=True)
+    with RESULT.open("w", newline="") as file:
+        csv.writer(file).writerows([COLUMNS, *rows])
+
+
+if __name__ == "__main__":
+    main()
