@@ -16,8 +16,13 @@ lint: install  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: bench-installed  ## training step and sampling beside peers of equal parameters; writes benchmarks/results
+bench: bench-installed  ## speed beside peers of equal parameters, profile and roofline; writes benchmarks/results
 	$(BIN)/python benchmarks/speed.py
+	for preset in nano small base; do \
+	  $(BIN)/python benchmarks/speed.py --preset $$preset --sizes 32 --batches 8 --tasks evaluation "training step"; \
+	done
+	$(BIN)/python benchmarks/profile_step.py
+	$(BIN)/python benchmarks/roofline.py
 
 bench-depthwise: install  ## our depthwise convolution beside the library's
 	$(BIN)/python benchmarks/depthwise.py
