@@ -23,6 +23,7 @@ bench: bench-installed  ## speed beside peers of equal parameters, profile and r
 	done
 	$(BIN)/python benchmarks/profile_step.py
 	$(BIN)/python benchmarks/roofline.py
+	$(BIN)/python benchmarks/performance_tables.py
 
 bench-depthwise: install  ## our depthwise convolution beside the library's
 	$(BIN)/python benchmarks/depthwise.py

@@ -66,7 +66,8 @@ def _group(rows: list[Row], *keys: str) -> dict[tuple[str, ...], list[Row]]:
     return dict(groups)
 
 
-def _markdown(header: list[str], rows: list[list[str]]) -> str:
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -121,7 +122,7 @@ def comparison_tables(rows: list[Row], base: str, columns: dict[str, str] | None
             )
         header = ["model", *(["what it tests"] if columns else []), "KD", f"{base} / it", f"difference from {base}"]
         header += ["FD", "precision / recall", "parameters", "FLOPs", "steps", "lr", "seeds"]
-        tables.append(f"{_setting(setting[0])}:\n\n{_markdown(header, lines)}")
+        tables.append(f"{_setting(setting[0])}:\n\n{markdown(header, lines)}")
     return "\n\n".join(tables) or NOT_YET
 
 
@@ -137,7 +138,7 @@ def tuning_table(rows: list[Row]) -> str:
         best = min(found, key=lambda lr: found[lr])
         cells = [f"**{found[lr]:.3f}**" if lr == best else f"{found[lr]:.3f}" if lr in found else "" for lr in rates]
         lines.append([model, *cells])
-    return _markdown(["model", *rates], lines)
+    return markdown(["model", *rates], lines)
 
 
 def causal_table(rows: list[Row]) -> str:
@@ -153,7 +154,7 @@ def causal_table(rows: list[Row]) -> str:
         ]
         for row in rows
     ]
-    return _markdown(["what is done", "Euler steps", "KD", "relative change of the velocity"], lines)
+    return markdown(["what is done", "Euler steps", "KD", "relative change of the velocity"], lines)
 
 
 def write_tables(tables: dict[str, str], document: Path = DOCUMENT) -> None:

@@ -1,0 +1,101 @@
+"""The tables of docs/performance.md, made from the CSV files in benchmarks/results and from nothing else.
+
+    python benchmarks/performance_tables.py
+
+Of a case that was measured more than once the last row counts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from figures import NOT_YET, RESULTS, Row, markdown, read_rows, write_tables
+from speed import OURS
+
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
+Case = tuple[str, str, str, str]  # task, preset, batch, latent
+
+
+def cases(rows: list[Row]) -> dict[Case, dict[str, Row]]:
+    """The rows of each case by model."""
+    found: dict[Case, dict[str, Row]] = {}
+    for row in rows:
+        found.setdefault((row["task"], row["preset"], row["batch"], row["latent"]), {})[row["model"]] = row
+    return found
+
+
+def beside(found: dict[Case, dict[str, Row]], header: list[str], places: list[int]) -> str:
+    """A line for each case: our milliseconds with their range, and those of others as multiples of ours.
+
+    Args:
+        header: of the columns that name a case.
+        places: which parts of a case these columns show.
+    """
+    if not found:
+        return NOT_YET
+    others = list(dict.fromkeys(name for models in found.values() for name in models if name != OURS))
+    lines = []
+    for case, models in found.items():
+        ours = models[OURS]
+        line = [case[place] for place in places]
+        line.append(f"{ours['median_ms']} ({ours['least_ms']} to {ours['most_ms']})")
+        for name in others:
+            ratio = float(models[name]["median_ms"]) / float(ours["median_ms"]) if name in models else 0
+            line.append(f"{models[name]['median_ms']}, **{ratio:.1f} x**" if name in models else "")
+        lines.append(line)
+    return markdown([*header, f"{OURS}, ms", *others], lines)
+
+
+def speed_tables(rows: list[Row]) -> dict[str, str]:
+    found = cases(rows)
+
+    def of(task: str, preset: str | None = None) -> dict[Case, dict[str, Row]]:
+        return {case: models for case, models in found.items() if case[0] == task and preset in (None, case[1])}
+
+    largest = {
+        case: models
+        for task in ("evaluation", "training step")
+        for case, models in of(task).items()
+        if case[2:] == ("8", "32")
+    }
+    return {
+        "evaluation": beside(of("evaluation", "tiny"), ["batch", "latent"], [2, 3]),
+        "training step": beside(of("training step", "tiny"), ["batch", "latent"], [2, 3]),
+        "presets": beside(largest, ["task", "preset"], [0, 1]),
+        "float32": beside(of("evaluation in float32", "tiny"), ["batch", "latent"], [2, 3]),
+        "with decoder": beside(of("sampling with decoder", "tiny"), ["batch", "latent"], [2, 3]),
+    }
+
+
+def profile_table(rows: list[Row]) -> str:
+    """Operators of a training step, the eager transcription's at the left, ours at the right."""
+    if not rows:
+        return NOT_YET
+    sides = [[row for row in rows if (row["model"] == OURS) == ours] for ours in (False, True)]
+    lines = [
+        [cell for row in pair for cell in (f"`{row['operator']}`", row["ms"], row["calls"])]
+        for pair in zip(*sides, strict=True)
+    ]
+    totals = [f"{sum(float(row['ms']) for row in side):.0f}" for side in sides]
+    lines.append(["together", totals[0], "", "together", totals[1], ""])
+    return markdown(["before: eager transcription", "ms", "calls", "after: LiquidUNet", "ms", "calls"], lines)
+
+
+def roofline_table(rows: list[Row]) -> str:
+    """What bounds a step: products, traffic, and what it took."""
+    if not rows:
+        return NOT_YET
+    header = ["", "model", "latent", "GFLOP", "GB moved", "operators", "products alone, ms", "traffic alone, ms"]
+    names = ["task", "model", "latent", "gflop", "gigabytes", "operators", "compute_ms", "memory_ms", "measured_ms"]
+    return markdown([*header, "measured, ms"], [[row[name] for name in names] for row in rows])
+
+
+def main() -> None:
+    tables = speed_tables(read_rows(RESULTS / "speed.csv"))
+    tables["profile"] = profile_table(read_rows(RESULTS / "profile.csv"))
+    tables["roofline"] = roofline_table(read_rows(RESULTS / "roofline.csv"))
+    write_tables(tables, DOCUMENT)
+
+
+if __name__ == "__main__":
+    main()
