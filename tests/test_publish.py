@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,9 @@ from little_hub import LittleHub
 from PIL import Image
 
 from liquid_diffusion.cli import main
-from liquid_diffusion.pipeline import load_pipeline
+from liquid_diffusion.models.unet import LiquidUNet
+from liquid_diffusion.pipeline import LiquidDiffusionPipeline, load_pipeline
+from liquid_diffusion.sampling import make_scheduler
 from liquid_diffusion.training.trainer import Trainer
 
 Capture = pytest.CaptureFixture[str]
@@ -46,11 +49,15 @@ def test_export_then_sample_by_its_id(little_hub: LittleHub, trained: Path, tmp_
 
 def test_a_stranger_loads_it_from_the_hub(little_hub: LittleHub, trained: Path) -> None:
     assert main(["export", str(trained), "--to", "hub", "--out", "somebody/my-emoji"]) == 0
+    plain = LiquidUNet(in_channels=12, widths=(16, 16), depths=(1, 1))
+    LiquidDiffusionPipeline(plain, make_scheduler(), image_size=(8, 16)).push_to_hub("somebody/without-classes")
     script = """
 import sys
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained("somebody/my-emoji", trust_remote_code=True)
 assert pipe(1, "flags", 1).images[0].size == (16, 16)
+pipe = DiffusionPipeline.from_pretrained("somebody/without-classes", trust_remote_code=True)
+assert pipe(1, num_inference_steps=1).images[0].size == (16, 8)
 assert "liquid_diffusion" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
@@ -92,6 +99,13 @@ def test_the_card_of_a_data_set_on_the_hub_and_of_a_folder(trained: Path, tmp_pa
         assert "Its quality was not measured" in card.text
         assert "samples.png" not in card.text
     assert "a folder called `holiday`" in card.text
+
+
+def test_a_folder_with_a_card_of_its_own_keeps_it(little_hub: LittleHub, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "pipeline", tmp_path / "packed")
+    (tmp_path / "packed" / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n# Written by hand\n")
+    assert main(["export", str(tmp_path / "packed"), "--to", "hub", "--out", "somebody/packed"]) == 0
+    assert "# Written by hand" in ModelCard.load("somebody/packed").content
 
 
 def test_train_pushes_at_the_end(little_hub: LittleHub, tmp_path: Path, capsys: Capture) -> None:

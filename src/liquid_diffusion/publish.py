@@ -82,10 +82,16 @@ def publish(run: str | None, repo: str, private: bool = False) -> str:
 
 
 def write_model_folder(pipeline: LiquidDiffusionPipeline, run: Path, repo: str, folder: Path) -> None:
-    """What a repository holds: the pipeline, README.md and the newest grid of the run."""
+    """What a repository holds: the pipeline, README.md and the newest grid of the run.
+
+    A pipeline folder that is no run and has a card of its own keeps that.
+    """
     pipeline.save_pretrained(str(folder))
-    card = model_card(pipeline, run, repo)
-    card.save(folder / "README.md")
+    own = run / "README.md"
+    if own.is_file() and not (run / "config.yaml").is_file():
+        shutil.copyfile(own, folder / "README.md")
+    else:
+        model_card(pipeline, run, repo).save(folder / "README.md")
     grid = latest_grid(run)
     if grid is not None:
         shutil.copyfile(grid, folder / GRID)
