@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import figures
@@ -17,6 +19,8 @@ from harness import Budget, Training, fit_codec
 from PIL import Image as Pictures
 
 from liquid_diffusion.codecs import PixelCodec
+from liquid_diffusion.config import TrainConfig
+from liquid_diffusion.training.trainer import Trainer
 
 
 @pytest.fixture
@@ -102,3 +106,26 @@ def test_training_is_counted_without_evaluation_and_repeats_to_the_bit(folder: P
     seconds = losses(Budget(1e-6, "s"))
     assert seconds[-1][2] >= 1e-6
     assert [row[0] for row in seconds] == [1, 2]  # a point for each share, also where one step passes both
+
+
+def test_a_training_is_that_of_the_trainer(
+    photos: Path, quick: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under a budget in images, the same model comes out of the package's own trainer, step by step."""
+    monkeypatch.setattr(harness, "_BATCH", 8)
+    defaults = TrainConfig()
+    trainer = Trainer(
+        quick(
+            data=str(photos), steps=5, precision="auto", lr=1e-3, flip=False, val_fraction=0,
+            warmup_steps=defaults.warmup_steps, seed=3,
+        )
+    )  # fmt: skip
+    model = copy.deepcopy(trainer.model)
+    losses = [step.loss for step in trainer.steps()]
+    (point,) = Training(model, trainer.dataset, trainer.codec, 1e-3, 3, "logit-normal").points(
+        Budget(40, "images"), [1]
+    )
+    assert point.steps == 5
+    assert point.loss == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
+    for ours, theirs in zip(model.parameters(), trainer.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
