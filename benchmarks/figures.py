@@ -145,16 +145,14 @@ def causal_table(rows: list[Row]) -> str:
     """What breaks when the liquid parts of a trained model are disturbed."""
     if not rows:
         return NOT_YET
-    lines = [
-        [
-            row["intervention"],
-            row["steps"],
-            f"{float(row['kd']):.3f} ± {float(row['kd_standard_error']):.3f}",
-            f"{float(row['velocity_change']):.4f}",
-        ]
-        for row in rows
-    ]
-    return markdown(["what is done", "Euler steps", "KD", "relative change of the velocity"], lines)
+    steps = sorted({row["steps"] for row in rows}, key=int)
+    lines = []
+    for (name,), some in _group(rows, "intervention").items():
+        found = {row["steps"]: f"{float(row['kd']):.3f} ± {float(row['kd_standard_error']):.3f}" for row in some}
+        lines.append([name, f"{float(some[0]['velocity_change']):.1%}", *(found.get(count, "") for count in steps)])
+    table = markdown(["what is done", "change of the velocity", *(f"KD, {count} steps" for count in steps)], lines)
+    first = rows[0]
+    return f"{first['run']}, {first['n']} samples against {first['held_out']} held-out pictures, Euler:\n\n{table}"
 
 
 def write_tables(tables: dict[str, str], document: Path = DOCUMENT) -> None:
@@ -182,10 +180,19 @@ def _pyplot():
     return plt
 
 
+def _save(figure, axes, name: str, x: str, y: str) -> None:
+    """benchmarks/results/NAME.png, with the legend beside the curves."""
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(which="both", alpha=0.2)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    figure.savefig(RESULTS / f"{name}.png", dpi=130, bbox_inches="tight")
+    _pyplot().close(figure)
+
+
 def plot_curves(rows: list[Row], name: str, x: str, words: str) -> None:
     """benchmarks/results/NAME.png: kernel distance along each training, mean over seeds, against a column."""
-    plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(7, 4.5))
+    figure, axes = _pyplot().subplots(figsize=(8.5, 4.5))
     models = _group(rows, "model")
     last = {
         key: mean_and_error([row for row in some if float(row["fraction"]) == 1])[0] for key, some in models.items()
@@ -196,13 +203,9 @@ def plot_curves(rows: list[Row], name: str, x: str, words: str) -> None:
         values, errors = zip(*(mean_and_error(some) for some in points), strict=True)
         axes.errorbar(places, values, errors, fmt="o-", capsize=2, markersize=4, label=f"{key[0]}, {values[-1]:.3f}")
     axes.set_yscale("log")
-    axes.set_xlabel(words)
-    axes.set_ylabel("kernel distance to val")
-    axes.grid(which="both", alpha=0.2)
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(RESULTS / f"{name}.png", dpi=130)
-    plt.close(figure)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:.2g}")
+    _save(figure, axes, name, words, "kernel distance to val")
 
 
 def draw_quality() -> None:
@@ -213,44 +216,43 @@ def draw_quality() -> None:
     peers = [row for row in rows if row["model"] not in ABLATIONS or row["model"] in ("liquid", "plain")]
     variants = [row for row in rows if row["model"] in ABLATIONS]
     questions = {name: ablation.question for name, ablation in ABLATIONS.items()}
-    write_tables(
-        {
-            "learning rates": tuning_table(rows),
-            "peers at equal time": comparison_tables([r for r in peers if r["budget"].endswith(" s")], "liquid"),
-            "peers at equal images": comparison_tables([r for r in peers if r["budget"].endswith("images")], "liquid"),
-            "ablations": comparison_tables(variants, "liquid", questions),
-        }
-    )
+    tables = {"learning rates": tuning_table(rows), "ablations": comparison_tables(variants, "liquid", questions)}
     for name, unit, x, words in (
-        ("quality-time", " s", "seconds", "seconds of training steps"),
-        ("quality-images", "images", "images", "images seen"),
+        ("time", " s", "seconds", "seconds of training steps"),
+        ("images", "images", "images", "images seen"),
     ):
-        some = [row for row in peers if row["split"] == "val" and row["budget"].endswith(unit)]
+        some = [row for row in peers if row["budget"].endswith(unit)]
+        tables[f"peers at equal {name}"] = comparison_tables(some, "liquid")
+        some = [row for row in some if row["split"] == "val"]
         settings = list(_group(some, "budget", "clock", "size", "preset", "device", "threads").values())
         if settings:
-            plot_curves(settings[-1], name, x, words)
+            plot_curves(settings[-1], f"quality-{name}", x, words)
+            tables[f"peers at equal {name}"] += _picture(f"quality-{name}", f"Kernel distance against {words}")
+    write_tables(tables)
+
+
+def _picture(name: str, words: str) -> str:
+    return f"\n\n![{words}](../benchmarks/results/{name}.png)"
 
 
 def draw_causal() -> None:
     """The table of the causal tests, and the kernel distance against the number of steps."""
     rows = read_rows(CAUSAL)
-    write_tables({"causal tests": causal_table(rows)})
+    picture = _picture("causal", "Kernel distance against the number of steps") if rows else ""
+    write_tables({"causal tests": causal_table(rows) + picture})
     if not rows:
         return
-    plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(7, 4.5))
+    figure, axes = _pyplot().subplots(figsize=(8.5, 4.5))
     for (name,), some in _group(rows, "intervention").items():
         steps = [int(row["steps"]) for row in some]
         values, errors = [float(row["kd"]) for row in some], [float(row["kd_standard_error"]) for row in some]
-        axes.errorbar(steps, values, errors, fmt="o-", capsize=2, markersize=4, label=name)
-    axes.set_xscale("log")
-    axes.set_xlabel("Euler steps")
-    axes.set_ylabel("kernel distance to held-out pictures")
-    axes.grid(which="both", alpha=0.2)
-    axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(RESULTS / "causal.png", dpi=130)
-    plt.close(figure)
+        axes.plot(steps, values, "o-", markersize=4, label=name)
+        if name == "none":  # the others' are as wide, and of the same seeds
+            axes.errorbar(steps, values, errors, fmt="none", capsize=2)
+            axes.set_xscale("log")
+            axes.set_xticks(steps, [str(count) for count in steps])
+            axes.set_xticks([], minor=True)
+    _save(figure, axes, "causal", "Euler steps", "kernel distance to held-out pictures")
 
 
 def main() -> None:

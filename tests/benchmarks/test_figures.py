@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from figures import NOT_YET, Row, comparison_tables, mean_and_error, tuning_table, verdict, write_tables
+from figures import NOT_YET, Row, causal_table, comparison_tables, mean_and_error, tuning_table, verdict, write_tables
 
 
 def rows(model: str, *values: float, **changes: str) -> list[Row]:
@@ -46,6 +46,21 @@ def test_tables_hold_what_the_rows_say() -> None:
     tuning = tuning_table(rows("a", 0.4, split="tune", lr="0.002") + rows("a", 0.3, split="tune", lr="0.0005"))
     assert tuning.splitlines()[0] == "| model | 0.0005 | 0.002 |"
     assert tuning.splitlines()[-1] == "| a | **0.300** | 0.400 |"
+
+
+def test_causal_table_has_a_row_for_each_intervention() -> None:
+    base = {"run": "nano", "n": "48", "held_out": "100", "kd": "0.4", "kd_standard_error": "0.05"}
+    some = [
+        base | {"intervention": name, "steps": steps, "velocity_change": change}
+        for name, change in (("none", "0"), ("alpha frozen", "0.0671"))
+        for steps in ("12", "4")
+    ]
+    table = causal_table(some).splitlines()
+    assert table[0] == "nano, 48 samples against 100 held-out pictures, Euler:"
+    assert table[2] == "| what is done | change of the velocity | KD, 4 steps | KD, 12 steps |"
+    assert table[-1] == "| alpha frozen | 6.7% | 0.400 ± 0.050 | 0.400 ± 0.050 |"
+    assert len(table) == 6
+    assert causal_table([]) == NOT_YET
 
 
 def test_tables_are_written_between_their_marks(tmp_path: Path) -> None:
