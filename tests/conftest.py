@@ -85,8 +85,9 @@ def little_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Litt
     from here have them too.
     """
     import datasets.config
-    from huggingface_hub import HfFileSystem, constants
+    from huggingface_hub import HfFileSystem, close_session, constants
 
+    close_session()  # it has connections to the Hub of the test before
     HfFileSystem.clear_instance_cache()  # it remembers the folders of the test before
     for module, name in ((constants, "HF_HUB_CACHE"), (datasets.config, "HF_DATASETS_CACHE")):
         monkeypatch.setattr(module, name, str(tmp_path / name.lower()))

@@ -250,7 +250,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.content = self.rfile.read(length) if length else self._chunks()
         entry = Request(self.command, unquote(url.path), self.headers.get("Range") or "")
         fault = hub._fault(self.command, entry.path) or Fault("", times=0)
-        time.sleep(fault.stall)
+        if fault.stall:
+            time.sleep(fault.stall)
         try:
             if fault.status:
                 retry = {} if fault.retry_after is None else {"Retry_After": str(fault.retry_after)}

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import PIL.features
 import pytest
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image, ImageFile
 
@@ -78,6 +78,20 @@ def test_table(photos: Path, tmp_path: Path) -> None:
         assert source.label_names[label] == paths[i].parent.name
     with pytest.raises(BadPictureError, match="row 3"):
         source.read(3)
+
+
+def test_saved_splits_and_columns_where_there_are_none(photos: Path, tmp_path: Path) -> None:
+    content = {"image": [{"bytes": path.read_bytes(), "path": None} for path in sorted(photos.rglob("*.png"))]}
+    table = Dataset.from_dict(content, features=Features({"image": ImageFeature()}))
+    DatasetDict({"train": table, "test": table.select(range(3))}).save_to_disk(tmp_path / "both")
+    assert len(open_source(str(tmp_path / "both"))) == 24
+    assert len(open_source(str(tmp_path / "both" / "test"))) == 3
+    DatasetDict({"test": table}).save_to_disk(tmp_path / "one")
+    with pytest.raises(UserError, match="no split train, only test"):
+        open_source(str(tmp_path / "one"))
+    for data in ("emoji", str(photos)):
+        with pytest.raises(UserError, match="is no table and has no column 'kind'"):
+            open_source(data, label_column="kind")
 
 
 def test_table_without_pictures(tmp_path: Path) -> None:

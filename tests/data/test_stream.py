@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ from liquid_diffusion.config import UserError
 from liquid_diffusion.data import ranged, stream
 from liquid_diffusion.data.ranged import SourceLostError
 from liquid_diffusion.data.registry import DATASETS, DatasetFacts
-from liquid_diffusion.data.sources import open_shards, open_source
+from liquid_diffusion.data.sources import BadPictureError, open_shards, open_source
 from liquid_diffusion.data.split import is_held_out, split
 from liquid_diffusion.data.stream import LANES, PictureStream
 
@@ -94,6 +95,7 @@ def test_shuffled_differently_in_each_epoch(table: str, monkeypatch: pytest.Monk
     first, second = ids(found.batches(60, 0, 0), 1), ids(found.batches(60, 1, 0), 1)
     assert sorted(first) == sorted(second) == list(range(60))
     assert first != second
+    assert set(first[::LANES]) != set(second[::LANES])  # a lane's span is another one
     assert ids(make(table, seed=2).batches(60, 0, 0), 1) != first
     # a lane's window mixes its chunks, and a batch the files
     assert any(abs(a - b) > 4 for a, b in itertools.pairwise(first[::LANES]))
@@ -226,6 +228,23 @@ def test_a_shard_with_wrong_bytes_is_named_and_left_out(hub_table: LittleHub) ->
     assert epochs_of(make("some/table"), 2, names) == [Counter(n for n in range(24) if n not in (3, 4, 5))] * 2
     assert len(names) == 3
     assert all("train-00000-of-00002.parquet, row" in name and "damaged" in name for name in names)
+
+
+def test_wrong_bytes_in_a_zip_are_told_by_its_checksum(little_hub: LittleHub) -> None:
+    """A bitmap decodes whatever its pixels are; also without streaming."""
+    path = little_hub.repo("some/bitmaps") / "all.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for n in range(8):
+            archive.writestr(f"{n}.bmp", tiny_bitmap(n))
+    content = bytearray(path.read_bytes())
+    content[content.index(tiny_bitmap(5)) + 54] ^= 255
+    path.write_bytes(content)
+    names: set[str] = set()
+    good = Counter(n for n in range(8) if n != 5)
+    assert epochs_of(make("some/bitmaps", image_size=1), 1, names) == [good]
+    assert names == {"some/bitmaps/all.zip, 5.bmp: its checksum is wrong"}
+    with pytest.raises(BadPictureError, match="its checksum is wrong"):
+        open_source("some/bitmaps").read(5)
 
 
 def test_a_bad_picture_is_named_and_passed_over(tmp_path: Path) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,6 +125,42 @@ def test_bad_pictures_of_a_stream_are_named_and_counted(table: LittleHub, quick:
     assert all("row 3: it is no picture" in json.loads(line)["picture"] for line in lines)
     assert "Skipped 2 pictures" in (said := "".join(capsys.readouterr()))
     assert "more than 5 %: look at your data" in said
+
+
+def test_two_processes_divide_an_epoch(tmp_path: Path) -> None:
+    """A real launch, stopped and resumed in the middle: each of 32 pictures is taken once, by one of the two."""
+    write_parquet(tmp_path / "t/x.parquet", {"image": encoded(range(32))}, Features({"image": ImageFeature()}), group=4)
+    script = tmp_path / "two.py"
+    script.write_text(
+        """
+import sys, torch
+from liquid_diffusion import TrainConfig, Trainer
+class Watched(Trainer):
+    def train_step(self, images, labels):
+        ids.extend(images[:, 2, 8, 8].tolist())
+        return super().train_step(images, labels)
+ids = []
+for steps in (2, 4):
+    trainer = Watched(TrainConfig(data=sys.argv[1], out=sys.argv[2], steps=steps, streaming=True, val_fraction=0,
+        image_size=16, model="nano", batch_size=4, precision="fp32", workers=0))
+    assert trainer.step == steps - 2
+    for _ in trainer.steps():
+        pass
+    trainer.save()
+assert sorted(trainer.accelerator.gather(torch.tensor(ids)).tolist()) == list(range(32))
+"""
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launch, str(script), str(tmp_path / "t"), str(tmp_path / "run")],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "run" / "checkpoints" / "step-000004" / "stream-1.json").is_file()
 
 
 def test_what_a_stream_can_not_be(quick: Make, photos: Path) -> None:

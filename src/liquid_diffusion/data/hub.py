@@ -60,6 +60,11 @@ def open_local_table(data: str) -> Any | None:
     with _in_words(data):
         if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
             return load_from_disk(str(path))
+        if (path / "dataset_dict.json").is_file():
+            splits = load_from_disk(str(path))
+            if "train" not in splits:
+                raise UserError(f"{data} has no split train, only {', '.join(splits)}; give the folder of one of them.")
+            return splits["train"]
         if parquet := parquet_files(data):
             return load_dataset("parquet", data_files=parquet, split="train")
         if path.is_dir() and any((path / name).is_file() for name in _METADATA):

@@ -21,7 +21,7 @@ class DatasetFacts:
         licence: of the pictures.
         note: one sentence; may be empty.
         data_files: the files to read, where not all that look like data are.
-        unique: whether copies of pictures are dropped, by the hash of their content.
+        unique: whether copies of pictures are dropped, by length and CRC-32 of their content.
     """
 
     name: str

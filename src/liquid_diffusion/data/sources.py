@@ -30,11 +30,9 @@ class Source(Protocol):
 
     Attributes:
         label_names: names of the classes, empty where there are none.
-        unique: whether copies of a picture are to be left out, see `split`.
     """
 
     label_names: list[str]
-    unique: bool
 
     def __len__(self) -> int: ...
 
@@ -74,8 +72,6 @@ class FolderSource:
     Raises:
         UserError: the folder does not exist or has no pictures.
     """
-
-    unique = False
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
@@ -142,7 +138,9 @@ def open_source(data: str, image_column: str | None = None, label_column: str | 
     Raises:
         UserError: there is no such source, or nothing in it, or it has no such column.
     """
-    if data == "emoji":
+    columns = [name for name in (image_column, label_column) if name is not None]
+    path = Path(data).expanduser()
+    if data == "emoji" and not columns:
         return EmojiSource()
     from liquid_diffusion.data import hub  # which takes seconds to import
     from liquid_diffusion.data.tables import TableSource
@@ -151,13 +149,14 @@ def open_source(data: str, image_column: str | None = None, label_column: str | 
     facts = find_facts(data)
     if facts is None and (table := hub.open_local_table(data)) is not None:
         return TableSource(table, data, image_column, label_column)
-    path = Path(data).expanduser()
+    if columns and (data == "emoji" or (facts is None and path.is_dir())):
+        raise UserError(f"{data} is no table and has no column {columns[0]!r}; sub-folders give the labels.")
     if facts is None and path.is_dir():
         return FolderSource(path)
     found = hub.find_on_hub(data)
-    if all(address.endswith(".zip") for address in found.files):
+    if all(address.endswith(".zip") for address in found.files) and not columns:
         return ZipSource(hub.download_files(found), found.identifier, found.unique)
-    return TableSource(hub.download_table(found), found.identifier, image_column, label_column, found.unique)
+    return TableSource(hub.download_table(found), found.identifier, image_column, label_column)
 
 
 def open_shards(data: str, image_column: str | None = None, label_column: str | None = None) -> Shards | None:

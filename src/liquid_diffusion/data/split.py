@@ -26,28 +26,21 @@ def is_held_out(content: bytes, fraction: float) -> bool:
 def split(source: Source, fraction: float) -> tuple[list[int], list[int]]:
     """Numbers of the pictures to train on, and of those held out.
 
-    What can't be read is left to the training, which names it. Of a source that wants it so, copies of a picture that
-    came before are on neither side.
+    What can't be read is left to the training, which names it.
 
     Raises:
         UserError: nothing is left to train on.
     """
-    if fraction == 0 and not source.unique:
+    if fraction == 0:
         return list(range(len(source))), []
     train: list[int] = []
     held_out: list[int] = []
-    seen: set[bytes] = set()
     for index in tqdm(range(len(source)), desc="Splitting", unit="", leave=False, delay=2):
         try:
             content = source.content(index)
         except BadPictureError:
             train.append(index)
             continue
-        if source.unique:
-            digest = hashlib.blake2b(content, digest_size=16).digest()
-            if digest in seen:
-                continue
-            seen.add(digest)
         chosen = is_held_out(content, fraction)
         (held_out if chosen else train).append(index)
     if not train:

@@ -113,7 +113,6 @@ class TableSource:
         table: the data set.
         origin: what it is called in messages.
         image_column, label_column: see `Columns`.
-        unique: see `Source`.
 
     Raises:
         UserError: no column holds pictures, or one that was asked for is not there.
@@ -125,7 +124,6 @@ class TableSource:
         origin: str,
         image_column: str | None = None,
         label_column: str | None = None,
-        unique: bool = False,
     ) -> None:
         from datasets import Image as ImageFeature
 
@@ -135,7 +133,6 @@ class TableSource:
         wanted = [name for name in (self._columns.image, self._columns.label) if name is not None]
         # undecoded, so that one bad picture is an error of that picture and not of the table
         self._table = table.select_columns(wanted).cast_column(self._columns.image, ImageFeature(decode=False))
-        self.unique = unique
 
     def __len__(self) -> int:
         return len(self._table)

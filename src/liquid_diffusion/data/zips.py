@@ -55,7 +55,7 @@ class ZipShards:
     Args:
         addresses: of the files.
         origin: what they are called.
-        unique: leave out copies, which have the same length and checksum.
+        unique: leave out copies: what has the length and the CRC-32 of another.
 
     Raises:
         UserError: a file is damaged or gone, or there are no pictures in it.
@@ -116,8 +116,6 @@ class ZipSource:
     Args:
         paths, origin, unique: see `ZipShards`.
     """
-
-    unique = False  # left out already
 
     def __init__(self, paths: Sequence[str], origin: str, unique: bool) -> None:
         self._shards = ZipShards(paths, origin, unique)
