@@ -45,6 +45,8 @@ def test_export_then_sample_by_its_id(little_hub: LittleHub, trained: Path, tmp_
     with Image.open(tmp_path / "local.png") as local, Image.open(tmp_path / "hub.png") as hub:
         np.testing.assert_array_equal(np.asarray(local), np.asarray(hub))
     assert not little_hub.requests("*/resolve/*.py")  # with the package no code is fetched
+    little_hub.stop()  # what was fetched once is there without a network
+    assert main(["sample", "somebody/my-emoji", "--n", "1", "--steps", "1", "--out", str(tmp_path / "again.png")]) == 0
 
 
 def test_a_stranger_loads_it_from_the_hub(little_hub: LittleHub, trained: Path) -> None:
@@ -108,13 +110,13 @@ def test_a_folder_with_a_card_of_its_own_keeps_it(little_hub: LittleHub, trained
     assert "# Written by hand" in ModelCard.load("somebody/packed").content
 
 
-def test_train_pushes_at_the_end(little_hub: LittleHub, tmp_path: Path, capsys: Capture) -> None:
-    assert main([*TRAIN, "--out", str(tmp_path / "run"), "--push-to-hub", "somebody/new"]) == 0
+def test_train_pushes_at_the_end(little_hub: LittleHub, trained: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Of a run that began without such a wish: that does not make it another run."""
+    shutil.copytree(trained, tmp_path / "run")
+    assert main([*TRAIN[:-1], "2", "--out", str(tmp_path / "run"), "--push-to-hub", "somebody/new"]) == 0
     assert f"On the Hub: {little_hub.endpoint}/somebody/new" in capsys.readouterr().out
     assert load_pipeline("somebody/new").config["image_size"] == 16
-    # another wish of the same run is no other run
-    assert main([*TRAIN[:-1], "2", "--out", str(tmp_path / "run"), "--push-to-hub", "somebody/newer"]) == 0
-    assert "model_index.json" in little_hub.files("models", "somebody/newer")
+    assert "| steps | 2 |" in ModelCard.load("somebody/new").text
 
 
 def test_a_training_that_can_not_be_pushed_does_not_begin(
@@ -178,3 +180,9 @@ def test_models_that_can_not_be_had(little_hub: LittleHub, tmp_path: Path, capsy
     (little_hub.repo("somebody/other", "models") / "config.json").write_text("{}")
     assert main(["sample", "somebody/other", "--out", str(tmp_path / "x.png")]) == 2
     assert "somebody/other is no pipeline: it has no model_index.json" in capsys.readouterr().err
+    large = little_hub.repo("somebody/large", "models")
+    (large / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    (large / "model.safetensors").write_bytes(bytes(1000))
+    assert main(["sample", "somebody/large", "--out", str(tmp_path / "x.png")]) == 2
+    assert "is no pipeline of liquid-diffusion, but a StableDiffusionPipeline" in capsys.readouterr().err
+    assert not little_hub.requests("*.safetensors")

@@ -102,9 +102,12 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
             if not Path(source).is_dir():
                 of_the_hub = ("revision", "token", "cache_dir", "force_download", "local_files_only")
                 wanted = {name: kwargs.pop(name) for name in of_the_hub if name in kwargs}
+                # what it is first: the weights of another kind of model may be many gigabytes
+                folder = snapshot_download(source, allow_patterns=INDEX, **wanted)
+                if not (Path(folder) / INDEX).is_file():
+                    raise UserError(f"{source} is no pipeline: it has no {INDEX}.")
+                cls.load_config(folder)
                 source = snapshot_download(source, allow_patterns=["*.json", "*.safetensors"], **wanted)
-                if not (Path(source) / INDEX).is_file():
-                    raise UserError(f"{pretrained_model_name_or_path} is no pipeline: it has no {INDEX}.")
             kwargs = {"use_safetensors": True, **kwargs, "trust_remote_code": False}
         return super().from_pretrained(source, **kwargs)
 
