@@ -2,15 +2,17 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from torch.profiler import ProfilerActivity, profile
 
 from liquid_diffusion.cli import main
 from liquid_diffusion.config import EstimateConfig, UserError
-from liquid_diffusion.estimate import estimate, largest_batch, shortage
+from liquid_diffusion.estimate import SD_VAE, _autoencoder_on_fakes, _moments, estimate, largest_batch, shortage
 from liquid_diffusion.models.unet import LiquidUNet
 
 NANO = EstimateConfig(model="nano", image_size=64, batch_size=4, codec="pixels", num_classes=9)
@@ -18,15 +20,24 @@ NANO = EstimateConfig(model="nano", image_size=64, batch_size=4, codec="pixels",
 
 def measured_peak(config: EstimateConfig) -> int:
     """Bytes that forward and backward hold at their peak, from the allocator's own events of a real step."""
-    model = LiquidUNet.from_preset(config.model, 12, config.num_classes)
+    model = LiquidUNet.from_preset(config.model, 12 if config.codec == "pixels" else 4, config.num_classes)
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    side = config.image_size // 2
-    x, t = torch.randn(config.batch_size, 12, side, side), torch.rand(config.batch_size)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    channels, side = (12, config.image_size // 2) if config.codec == "pixels" else (4, config.image_size // 8)
+    x, t = torch.randn(config.batch_size, channels, side, side), torch.rand(config.batch_size)
+
+    def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=config.precision != "fp32"):
             prediction = model(x, t).sample
         (prediction.float() - x).square().mean().backward()
+
+    return peak_of(step)
+
+
+def peak_of(function: Callable[[], object]) -> int:
+    """Bytes that a function holds at its peak, from the allocator's own events."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
     held = peak = 0
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -71,6 +82,40 @@ def test_largest_batch_is_the_largest() -> None:
 def test_vae_is_counted() -> None:
     found = estimate(replace(NANO, codec="sd-vae", batch_size=1))
     assert found.breakdown["vae"] == 4 * 83_653_863
+
+
+@pytest.fixture
+def small_vae(monkeypatch: pytest.MonkeyPatch) -> Iterator[AutoencoderKL]:
+    """An autoencoder of the SD-VAE's kind, but smaller, which the estimate then means too."""
+    small = {**SD_VAE, "block_out_channels": [128, 32, 64, 64], "layers_per_block": 1, "norm_num_groups": 8}
+    monkeypatch.setattr("liquid_diffusion.estimate.SD_VAE", small)
+    for remembered in (_autoencoder_on_fakes, _moments):
+        remembered.cache_clear()
+    yield AutoencoderKL(**small).eval().to(memory_format=torch.channels_last)  # as the codec has it
+    for remembered in (_autoencoder_on_fakes, _moments):
+        remembered.cache_clear()
+
+
+def test_with_cached_latents_the_autoencoder_is_gone_in_a_step(small_vae: AutoencoderKL) -> None:
+    """The step is one on latents, held against a real one; what is spared is the autoencoder."""
+    config = replace(NANO, codec="sd-vae", image_size=128, batch_size=16, cache_latents=True)
+    found = estimate(config)
+    assert "vae" not in found.breakdown
+    step = sum(found.breakdown[kind] for kind in ("gradients", "activations", "temporary"))
+    assert step == pytest.approx(measured_peak(config), rel=0.1)
+    with pytest.raises(UserError, match="The codec pixels costs nothing"):
+        replace(NANO, cache_latents=True)
+
+
+def test_a_grid_may_be_the_peak(small_vae: AutoencoderKL) -> None:
+    """Where the batch is small; held against a real decoding."""
+    config = replace(NANO, codec="sd-vae", image_size=256, batch_size=1, cache_latents=True)
+    found = estimate(config)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        measured = peak_of(lambda: small_vae.decode(torch.randn(1, 4, 32, 32)))
+    assert found.breakdown["decoding a grid"] == pytest.approx(measured, rel=0.1)
+    assert found.breakdown["vae"] == 4 * sum(parameter.numel() for parameter in small_vae.parameters())
+    assert largest_batch(config, found.peak_bytes / 2**30) == 0  # a tenth of a card is not for tensors
 
 
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -197,6 +197,7 @@ class EstimateConfig:
     image_size: int = _option(256, "side of the square pictures")
     batch_size: int = _option(8, "pictures of an optimiser step")
     codec: str = _option("sd-vae", "pixels or sd-vae")
+    cache_latents: bool = _option(False, "train on cached latents: the autoencoder comes in for grids only")
     num_classes: int = _option(0, "number of classes")
     precision: Literal["bf16", "fp16", "fp32"] = _option("bf16", "arithmetic of the device")
     gradient_checkpointing: bool = _option(False, "compute activations twice, to save memory")
@@ -209,6 +210,8 @@ class EstimateConfig:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}.")
         if self.codec not in ("pixels", "sd-vae"):
             raise UserError(f"An estimate knows the codecs pixels and sd-vae, not {self.codec!r}.")
+        if self.cache_latents and self.codec == "pixels":
+            raise UserError("The codec pixels costs nothing, there is nothing to cache: leave out --cache-latents.")
         if self.gpu_memory is not None and self.gpu_memory <= 0:
             raise UserError(f"gpu_memory must be above 0, not {self.gpu_memory}.")
 

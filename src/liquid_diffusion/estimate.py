@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -59,6 +59,7 @@ def _peak(tracker: MemTracker) -> dict[str, int]:
     return total
 
 
+@functools.lru_cache
 def _train_on_fakes(config: EstimateConfig, channels: int, side: int) -> tuple[int, dict[str, int]]:
     """Parameters of the model, and what forward and backward hold at their peak."""
     dtype = _DTYPES[config.precision]
@@ -76,45 +77,61 @@ def _train_on_fakes(config: EstimateConfig, channels: int, side: int) -> tuple[i
     return sum(parameter.numel() for parameter in model.parameters()), _peak(tracker)
 
 
-def _encode_on_fakes(config: EstimateConfig) -> tuple[int, int]:
-    """Bytes of the SD-VAE, and of its activations while it encodes a batch in float32."""
-    vae = AutoencoderKL(**SD_VAE)
-    weights = sum(parameter.numel() * 4 for parameter in vae.parameters())
-    tracker = MemTracker()
-    with tracker, torch.no_grad():
-        vae.encode(torch.randn(config.batch_size, 3, config.image_size, config.image_size))
+@functools.lru_cache
+def _autoencoder_on_fakes(encoding: bool, batch: int, side: int, bf16: bool) -> tuple[int, int]:
+    """Bytes of the SD-VAE, and what it holds beside them while it encodes or decodes pictures."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        vae = AutoencoderKL(**SD_VAE)
+        weights = sum(parameter.numel() * 4 for parameter in vae.parameters())
+        given = torch.randn(batch, 3, side, side) if encoding else torch.randn(batch, 4, side // 8, side // 8)
+        tracker = MemTracker()
+        # as the codec computes: in bfloat16 where a device has it, else in float32
+        with tracker, torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            vae.encode(given) if encoding else vae.decode(given)
     return weights, sum(size for kind, size in _peak(tracker).items() if kind in ("Activation", "Temp"))
 
 
 @functools.lru_cache
-def estimate(config: EstimateConfig) -> Estimate:
-    """The memory of training as `config` says, on a device that computes in its precision.
-
-    Raises:
-        UserError: the size is not divisible by what codec and model need, or there is no such model.
-    """
+def _moments(config: EstimateConfig) -> tuple[int, dict[str, int], dict[str, int]]:
+    """Parameters of the model, and what is held at the peaks of a step and of drawing a grid."""
     factor, channels = (2, 12) if config.codec == "pixels" else (8, 4)
     multiple = 4 * factor
     if config.image_size % multiple:
         raise UserError(f"image_size {config.image_size} can't be divided by {multiple}.")
+    on_device = replace(config, cache_latents=False, ema_on_cpu=False, gpu_memory=None)  # what does not matter here
     with FakeTensorMode(allow_non_fake_inputs=True):
-        parameters, peak = _train_on_fakes(config, channels, config.image_size // factor)
-        vae, encoding = (0, 0) if config.codec == "pixels" else _encode_on_fakes(config)
+        parameters, peak = _train_on_fakes(on_device, channels, config.image_size // factor)
     state = {
         "weights": 4 * parameters,
         "optimiser": 8 * parameters,  # two moments; the fused AdamW needs nothing beside them
         "averaged weights": 0 if config.ema_on_cpu else 4 * parameters,
-        "vae": vae,
     }
     step = {
         "gradients": peak.get("Gradient", 0),
         "activations": peak.get("Activation", 0),
         "temporary": peak.get("Temp", 0) + peak.get("Other", 0) + peak.get("Buffer", 0),
     }
-    if encoding > sum(step.values()):
-        step = {"encoding a batch": encoding}
-    breakdown = {**state, **step}
-    return Estimate(parameters, sum(breakdown.values()), breakdown)
+    if config.codec == "pixels":
+        return parameters, {**state, **step}, {}
+    bf16 = config.precision == "bf16"
+    vae, decoding = _autoencoder_on_fakes(False, 1, config.image_size, bf16)  # a grid is decoded picture by picture
+    grid = {**state, "vae": vae, "decoding a grid": decoding}
+    if config.cache_latents:
+        return parameters, {**state, **step}, grid
+    _, encoding = _autoencoder_on_fakes(True, config.batch_size, config.image_size, bf16)
+    step = max(step, {"encoding a batch": encoding}, key=lambda part: sum(part.values()))
+    return parameters, {**state, "vae": vae, **step}, grid
+
+
+def estimate(config: EstimateConfig) -> Estimate:
+    """The memory of training as `config` says, on a device that computes in its precision.
+
+    Raises:
+        UserError: the size is not divisible by what codec and model need, or there is no such model.
+    """
+    parameters, step, grid = _moments(config)
+    breakdown = max(step, grid, key=lambda moment: sum(moment.values()))
+    return Estimate(parameters, sum(breakdown.values()), dict(breakdown))
 
 
 def largest_batch(config: EstimateConfig, gigabytes: float) -> int:
@@ -122,9 +139,11 @@ def largest_batch(config: EstimateConfig, gigabytes: float) -> int:
     room = _USABLE * gigabytes * 2**30
 
     def peak(batch: int) -> int:
-        return estimate(EstimateConfig(**{**asdict(config), "batch_size": batch})).peak_bytes
+        return sum(_moments(replace(config, batch_size=batch))[1].values())
 
     few, many = peak(8), peak(16)  # from here on a picture more is always the same more
+    if sum(_moments(replace(config, batch_size=8))[2].values()) > room:
+        return 0
     batch = max(0, 8 + int((room - few) * 8 / (many - few)))
     while batch > 0 and peak(batch) > room:
         batch -= 1
