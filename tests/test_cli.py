@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from diffusers import AutoencoderKL
+from little_hub import LittleHub
 from PIL import Image
 
 from liquid_diffusion.cli import main
@@ -121,23 +122,43 @@ def test_datasets(capsys: Capture) -> None:
     assert all(entry["name"] in table and entry["licence"] in table for entry in facts)
 
 
-def test_sd_vae_architecture_trains_samples_and_decodes(tmp_path: Path) -> None:
-    """The exact 83.7 M parameters of stabilityai/sd-vae-ft-mse with random weights, from a folder, at 64 px."""
+def test_encode_says_how_to_train_on_it(photos: Path, tmp_path: Path, capsys: Capture) -> None:
+    AutoencoderKL(
+        block_out_channels=[8, 16], norm_num_groups=4,
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+    ).save_pretrained(tmp_path / "vae")  # fmt: skip
+    settings = ["--image-size", "16", "--codec", str(tmp_path / "vae"), "--val-fraction", "0", "--crop", "pad"]
+    assert run("encode", photos, *settings, "--workers", "0", "--out", tmp_path / "latents") == 0
+    said = capsys.readouterr().out
+    assert "Encoding 24 pictures of 16 px (0 held out)" in said
+    command = said.split("Train on it: liquid-diffusion ")[1].split()
+    assert run(*command, *TINY[2:], "--steps", "1", "--out", tmp_path / "run") == 0
+    assert "24 pictures in 2 classes of 16 px" in capsys.readouterr().out
+    assert run("encode", photos, "--codec", "pixels") == 2
+    assert "there is nothing to cache" in capsys.readouterr().err
+
+
+def test_sd_vae_of_the_hub_is_fetched_once(little_hub: LittleHub, photos: Path, tmp_path: Path) -> None:
+    """The exact 83.7 M parameters of stabilityai/sd-vae-ft-mse with random weights; with the Hub gone it trains on."""
     vae = AutoencoderKL(
         block_out_channels=[128, 256, 512, 512], down_block_types=["DownEncoderBlock2D"] * 4,
         up_block_types=["UpDecoderBlock2D"] * 4, latent_channels=4, layers_per_block=2, norm_num_groups=32,
         sample_size=256,
     )  # fmt: skip
     assert sum(parameter.numel() for parameter in vae.parameters()) == 83_653_863
-    vae.save_pretrained(tmp_path / "vae")
-    common = ["--image-size", "64", "--model", "nano", "--batch-size", "4", "--sample-every", "100"]
-    assert run("train", *common, "--codec", tmp_path / "vae", "--steps", "2", "--out", tmp_path / "run",
-               "--data", "emoji") == 0  # fmt: skip
+    repo = little_hub.repo("stabilityai/sd-vae-ft-mse", "models")
+    vae.save_pretrained(repo)
+    common = ["--image-size", "32", "--model", "nano", "--batch-size", "2", "--data", str(photos), "--codec", "sd-vae"]
+    assert run("train", *common, "--steps", "1", "--out", tmp_path / "run") == 0
+    weights = [request for request in little_hub.log if request.sent and request.path.endswith(".safetensors")]
+    assert sum(request.sent for request in weights) == next(repo.glob("*.safetensors")).stat().st_size
+    little_hub.stop()
+    assert run("train", *common, "--steps", "2", "--out", tmp_path / "run") == 0
     out = tmp_path / "samples"
     assert run("sample", tmp_path / "run", "--n", "2", "--steps", "2", "--out", out) == 0
     for path in out.iterdir():
         with Image.open(path) as image:
-            assert image.size == (64, 64)
+            assert image.size == (32, 32)
             assert np.asarray(image).std() > 0
 
 

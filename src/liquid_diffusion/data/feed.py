@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from liquid_diffusion.codecs import Codec
 from liquid_diffusion.config import RunConfig
+from liquid_diffusion.data.encode import Encoding, encoding_of, is_whole
 from liquid_diffusion.data.latents import LatentDataset
 from liquid_diffusion.data.pictures import BucketedBatches, PictureDataset, collate
 from liquid_diffusion.data.shapes import bucket_shapes
@@ -39,6 +42,33 @@ def open_pictures(run: RunConfig, multiple: int) -> tuple[PictureDataset | Pictu
     chosen, held_out = split(source, run.val_fraction)
     shapes = bucket_shapes(run.image_size, multiple) if run.buckets else None
     return PictureDataset(source, run.image_size, run.flip, run.seed, chosen, run.crop, shapes), len(held_out)
+
+
+def open_latents(run: RunConfig, codec: Codec, begin: Callable[[], None]) -> tuple[LatentDataset, int]:
+    """The latents to train on; they are encoded first where they are the run's own and not all there.
+
+    Args:
+        run: says which.
+        codec: the autoencoder of the training.
+        begin: called by the first process before anything is written into the run folder.
+
+    Returns:
+        Also the number of pictures held out.
+
+    Raises:
+        UserError: they can't be had, or are not what the run wants.
+    """
+    own = run.cache_latents is True
+    folder = Path(run.out if own else str(run.cache_latents)).expanduser() / ("latents" if own else "")
+    if own and not is_whole(folder):
+        state = process_state()
+        encoding = Encoding(encoding_of(run, folder), codec, state)
+        if state.is_main_process:
+            begin()
+        state.print(encoding.summary())
+        encoding.run()
+    dataset = LatentDataset(folder, run, codec)
+    return dataset, dataset.held_out
 
 
 def describe(feed: Feed, run: RunConfig, held_out: int | None) -> str:

@@ -21,9 +21,7 @@ from tqdm import tqdm
 
 from liquid_diffusion.codecs import AutoencoderCodec, make_codec
 from liquid_diffusion.config import EstimateConfig, TrainConfig, UserError
-from liquid_diffusion.data.encode import Encoding, encoding_of, is_whole
-from liquid_diffusion.data.feed import Feed, describe, open_batches, open_pictures
-from liquid_diffusion.data.latents import LatentDataset
+from liquid_diffusion.data.feed import Feed, describe, open_batches, open_latents, open_pictures
 from liquid_diffusion.data.ranged import SourceLostError
 from liquid_diffusion.data.stream import PictureStream
 from liquid_diffusion.estimate import shortage
@@ -96,7 +94,10 @@ class Trainer:
         multiple = check_size(run.image_size, run.codec, self.codec.factor)
         self.dataset: Feed
         self.held_out: int | None
-        self.dataset, self.held_out = self._open_latents() if run.cache_latents else open_pictures(run, multiple)
+        if run.cache_latents:
+            self.dataset, self.held_out = open_latents(run, self.codec, lambda: self.folder.begin(run))
+        else:
+            self.dataset, self.held_out = open_pictures(run, multiple)
         set_seed(run.seed, device_specific=True)  # now: opening the data may have drawn, or not
         self.model = LiquidUNet.from_preset(run.model, self.codec.channels, len(self.dataset.label_names))
         self.model.to(memory_format=torch.channels_last)
@@ -126,19 +127,6 @@ class Trainer:
             slow = isinstance(self.codec, AutoencoderCodec) and device.type == "cpu"
             count = _FIT_PICTURES_CPU_VAE if slow else _FIT_PICTURES
             self.dataset.fit_codec(self.codec, count, min(16, run.batch_size))
-
-    def _open_latents(self) -> tuple[LatentDataset, int]:
-        """Latents to train on, encoded first where they are the run's own and not all there; how many are held out."""
-        run, own = self.config, self.config.cache_latents is True
-        folder = self.folder.path / "latents" if own else Path(str(run.cache_latents)).expanduser()
-        if own and not is_whole(folder):
-            encoding = Encoding(encoding_of(run, folder), self.codec, process_state())
-            if self.accelerator.is_main_process:
-                self.folder.begin(run)
-            self.accelerator.print(encoding.summary())
-            encoding.run()
-        dataset = LatentDataset(folder, run, self.codec)
-        return dataset, dataset.held_out
 
     # ---- what run this is
 
@@ -173,6 +161,7 @@ class Trainer:
             precision=precision,  # type: ignore[arg-type]  # one of the three
             gradient_checkpointing=run.gradient_checkpointing,
             ema_on_cpu=run.ema_on_cpu,
+            cache_latents=bool(run.cache_latents),
         )
         return shortage(wanted, free)
 
