@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/quickstart
 
-.PHONY: quickstart test lint bench bench-depthwise package quality ablations causal figures ship bench-installed install clean
+.PHONY: quickstart test lint bench bench-depthwise bench-data bench-memory package quality ablations causal figures ship bench-installed install clean
 
 quickstart: install  ## train on the emoji, draw pictures, and show the nearest training picture of each
 	$(BIN)/liquid-diffusion train --out $(RUN)
@@ -39,6 +39,12 @@ package: install  ## build, install the wheel in a fresh environment, and use it
 	  liquid-diffusion train --image-size 16 --steps 2 --out run; \
 	  liquid-diffusion sample run --n 4 --steps 2 --out grid.png; \
 	  liquid-diffusion export run --out exported
+
+bench-data: install  ## pictures a second from files, parquet, a stream and cached latents, and how long a step waits
+	$(BIN)/python benchmarks/data.py
+
+bench-memory: install  ## what training takes of a GPU's memory, estimated
+	$(BIN)/python benchmarks/memory.py
 
 SEEDS ?= 0 1 2
 SECONDS ?= 480
