@@ -163,7 +163,7 @@ def fit_codec(codec: Codec, dataset: PictureDataset) -> Codec:
 
 
 @torch.no_grad()
-def draw(model: nn.Module, codec: Codec, labels: Tensor, size: int, steps: int = 25, solver: str = "heun") -> Tensor:
+def draw(model: nn.Module, codec: Codec, labels: Tensor, size: int, steps: int, solver: str = "heun") -> Tensor:
     """A picture (3, size, size) uint8 for each label, on the CPU, without guidance; picture i has the seed i."""
     device = next(model.parameters()).device
     side, pictures = size // codec.factor, []

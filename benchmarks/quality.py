@@ -45,6 +45,7 @@ from liquid_diffusion.models.unet import LiquidUNet
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 LEARNING_RATES = (5e-4, 1e-3, 2e-3)
 FRACTIONS = (0.25, 0.5, 1.0)
+STEPS = 25  # of Heun's solver, for all samples
 TUNE_SHARE = 10  # one in this many code points of train is held out to choose learning rates on
 
 OURS = "liquid"
@@ -153,7 +154,7 @@ class Comparison:
         training = Training(model, self.train, self.codec, lr, seed, times)
         rows = []
         for point in training.points(self.budget, self.options.fractions):
-            samples = draw(model, self.codec, self.labels, self.options.size)
+            samples = draw(model, self.codec, self.labels, self.options.size, STEPS)
             found = compare(self.real, extract(self.extractor, samples.split(32), self.device))
             rows.append(facts | vars(point) | found)
             print(

@@ -50,6 +50,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_equal_images(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(quality, "LEARNING_RATES", (1e-3,))
+    monkeypatch.setattr(quality, "STEPS", 3)
     command = ["quality.py", "--data", str(folder), "--size", "16", "--images", "16", "--fractions", "0.5"]
 
     def run(models: str, *arguments: str) -> list[dict[str, str]]:
