@@ -45,6 +45,7 @@ bench-data: install  ## pictures a second from files, parquet, a stream and cach
 
 bench-memory: install  ## what training takes of a GPU's memory, estimated
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/performance_tables.py
 
 SEEDS ?= 0 1 2
 SECONDS ?= 480

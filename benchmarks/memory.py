@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py
 
-It writes benchmarks/results/memory.csv and prints the table of docs/performance.md.
+It writes benchmarks/results/memory.csv, of which benchmarks/performance_tables.py makes the table of the docs.
 """
 
 from __future__ import annotations
@@ -38,19 +38,15 @@ def row(model: str, size: int, cached: bool, checkpointing: bool) -> dict[str, o
 def main() -> None:
     rows = [
         row(model, size, cached, checkpointing)
+        for cached, checkpointing in ((True, False), (True, True), (False, False))
         for size in SIZES
         for model in PRESETS
-        for cached, checkpointing in ((True, False), (True, True), (False, False))
     ]
     with RESULT.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    print("| | cached latents | and gradient checkpointing | pictures encoded in each step |\n|---|---|---|---|")
-    for start in range(0, len(rows), 3):
-        of_model = rows[start : start + 3]
-        peaks = " | ".join(str(found["peak_gb"]) for found in of_model)
-        print(f"| {of_model[0]['model']}, {of_model[0]['image_size']} px | {peaks} |")
+    print(RESULT.read_text())
 
 
 if __name__ == "__main__":

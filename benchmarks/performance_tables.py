@@ -90,10 +90,29 @@ def roofline_table(rows: list[Row]) -> str:
     return markdown([*header, "measured, ms"], [[row[name] for name in names] for row in rows])
 
 
+def memory_table(rows: list[Row]) -> str:
+    """A line for each preset and size, a column for each way to train."""
+    ways = {
+        "cached latents": ("True", "False"),
+        "and gradient checkpointing": ("True", "True"),
+        "pictures, encoded in each step": ("False", "False"),
+    }
+    peaks = {
+        (row["model"], row["image_size"], row["cache_latents"], row["gradient_checkpointing"]): row["peak_gb"]
+        for row in rows
+    }
+    lines = [
+        [f"{model}, {size} px", *(peaks.get((model, size, *way), "") for way in ways.values())]
+        for model, size in dict.fromkeys((row["model"], row["image_size"]) for row in rows)
+    ]
+    return markdown(["batch 8, bfloat16, GB", *ways], lines) if rows else NOT_YET
+
+
 def main() -> None:
     tables = speed_tables(read_rows(RESULTS / "speed.csv"))
     tables["profile"] = profile_table(read_rows(RESULTS / "profile.csv"))
     tables["roofline"] = roofline_table(read_rows(RESULTS / "roofline.csv"))
+    tables["memory"] = memory_table(read_rows(RESULTS / "memory.csv"))
     write_tables(tables, DOCUMENT)
 
 
