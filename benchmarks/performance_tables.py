@@ -102,7 +102,7 @@ def memory_table(rows: list[Row]) -> str:
         for row in rows
     }
     lines = [
-        [f"{model}, {size} px", *(peaks.get((model, size, *way), "") for way in ways.values())]
+        [f"{model}, {size} px", *(peaks.get((model, size, *way), "not run yet") for way in ways.values())]
         for model, size in dict.fromkeys((row["model"], row["image_size"]) for row in rows)
     ]
     return markdown(["batch 8, bfloat16, GB", *ways], lines) if rows else NOT_YET
