@@ -54,7 +54,8 @@ def test_two_epochs_of_two_steps(little_hub: LittleHub, quick: Make, facts: Data
     """By the registry's name."""
     count = len(build(little_hub, facts))
     half = -(-count // 2)
-    trainer = Trainer(quick(data=facts.name, streaming=streaming, batch_size=half, steps=4, val_fraction=0))
+    how = {"image_size": 8, "batch_size": half, "steps": 4, "val_fraction": 0}
+    trainer = Trainer(quick(data=facts.name, streaming=streaming, **how))
     losses = [result.loss.item() for result in trainer.steps()]
     assert len(losses) == 4
     assert trainer.dataset.label_names == list(facts.classes)
