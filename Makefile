@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/quickstart
 
-.PHONY: quickstart test lint bench bench-depthwise bench-data bench-memory package quality ablations causal figures ship bench-installed install clean
+.PHONY: quickstart test lint docs liquid-figures bench bench-depthwise bench-data bench-memory package quality ablations causal figures ship bench-installed install clean
 
 quickstart: install  ## train on the emoji, draw pictures, and show the nearest training picture of each
 	$(BIN)/liquid-diffusion train --out $(RUN)
@@ -74,6 +74,12 @@ figures: bench-installed  ## tables and plots of docs/ablations.md from the CSV 
 bench-installed: install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
 
+liquid-figures: bench-installed  ## figures of docs/liquid-block.md, from the packaged model, or from another by RUN=...
+	$(BIN)/python benchmarks/liquid_over_time.py $(if $(filter command line,$(origin RUN)),$(RUN))
+
+docs: install  ## the documentation as a site, in site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 install: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
@@ -82,4 +88,4 @@ install: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv runs dist build
+	rm -rf .venv runs dist build site
