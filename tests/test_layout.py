@@ -31,6 +31,7 @@ FLOORS = {
     "generate": 3,
     "export": 3,
     "demo": 3,
+    "notebook": 3,
     "publish": 3,
     "model_card": 3,
     "training": 3,
