@@ -11,6 +11,7 @@ from little_hub import LittleHub, reserve_port
 _PORT = reserve_port()
 atexit.register(_PORT.close)
 os.environ["ACCELERATE_USE_CPU"] = "true"
+os.environ["OMP_NUM_THREADS"] = "1"  # the cores are divided among the processes of the suite
 os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{_PORT.getsockname()[1]}"
 os.environ["HF_HOME"] = tempfile.mkdtemp()
 os.environ["HF_HUB_DISABLE_XET"] = "1"  # a protocol of its own, which the little Hub does not speak

@@ -427,7 +427,14 @@ def test_the_autoencoder_comes_to_the_device_for_grids_only(
     trainer = Trainer(quick(codec=str(vae), image_size=16, cache_latents=True))
     assert isinstance(trainer.codec, AutoencoderCodec)
     moves: list[str] = []
-    monkeypatch.setattr(trainer.codec.vae, "to", lambda device: moves.append(str(device)))
+
+    def to(device: torch.device | None = None, **_: object) -> AutoencoderKL:
+        if device is not None:
+            moves.append(str(device))
+        return autoencoder
+
+    autoencoder = trainer.codec.vae
+    monkeypatch.setattr(autoencoder, "to", to)
     list(trainer.steps())
     assert not moves
     trainer.draw_samples()
