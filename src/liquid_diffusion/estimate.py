@@ -92,8 +92,8 @@ def _autoencoder_on_fakes(encoding: bool, batch: int, side: int, bf16: bool) -> 
 
 
 @functools.lru_cache
-def _moments(config: EstimateConfig) -> tuple[int, dict[str, int], dict[str, int]]:
-    """Parameters of the model, and what is held at the peaks of a step and of drawing a grid."""
+def _moments(config: EstimateConfig) -> tuple[int, list[dict[str, int]]]:
+    """Parameters of the model, and what is held when it may be the most: in a step, drawing a grid, encoding a batch."""
     factor, channels = (2, 12) if config.codec == "pixels" else (8, 4)
     multiple = 4 * factor
     if config.image_size % multiple:
@@ -112,15 +112,14 @@ def _moments(config: EstimateConfig) -> tuple[int, dict[str, int], dict[str, int
         "temporary": peak.get("Temp", 0) + peak.get("Other", 0) + peak.get("Buffer", 0),
     }
     if config.codec == "pixels":
-        return parameters, {**state, **step}, {}
+        return parameters, [{**state, **step}]
     bf16 = config.precision == "bf16"
     vae, decoding = _autoencoder_on_fakes(False, 1, config.image_size, bf16)  # a grid is decoded picture by picture
     grid = {**state, "vae": vae, "decoding a grid": decoding}
     if config.cache_latents:
-        return parameters, {**state, **step}, grid
+        return parameters, [{**state, **step}, grid]
     _, encoding = _autoencoder_on_fakes(True, config.batch_size, config.image_size, bf16)
-    step = max(step, {"encoding a batch": encoding}, key=lambda part: sum(part.values()))
-    return parameters, {**state, "vae": vae, **step}, grid
+    return parameters, [{**state, "vae": vae, **step}, grid, {**state, "vae": vae, "encoding a batch": encoding}]
 
 
 def estimate(config: EstimateConfig) -> Estimate:
@@ -129,8 +128,8 @@ def estimate(config: EstimateConfig) -> Estimate:
     Raises:
         UserError: the size is not divisible by what codec and model need, or there is no such model.
     """
-    parameters, step, grid = _moments(config)
-    breakdown = max(step, grid, key=lambda moment: sum(moment.values()))
+    parameters, moments = _moments(config)
+    breakdown = max(moments, key=lambda moment: sum(moment.values()))
     return Estimate(parameters, sum(breakdown.values()), dict(breakdown))
 
 
@@ -138,16 +137,20 @@ def largest_batch(config: EstimateConfig, gigabytes: float) -> int:
     """The largest batch whose training fits a card of some GiB; 0 where not even one picture does."""
     room = _USABLE * gigabytes * 2**30
 
-    def peak(batch: int) -> int:
-        return sum(_moments(replace(config, batch_size=batch))[1].values())
+    def held(batch: int) -> list[int]:
+        return [sum(moment.values()) for moment in _moments(replace(config, batch_size=batch))[1]]
 
-    few, many = peak(8), peak(16)  # from here on a picture more is always the same more
-    if sum(_moments(replace(config, batch_size=8))[2].values()) > room:
-        return 0
-    batch = max(0, 8 + int((room - few) * 8 / (many - few)))
-    while batch > 0 and peak(batch) > room:
+    batch = None
+    for few, many in zip(held(8), held(16), strict=True):  # from here on a picture more is always the same more
+        if few < many:
+            fits = max(0, 8 + int((room - few) * 8 / (many - few)))
+            batch = fits if batch is None else min(batch, fits)
+        elif few > room:
+            return 0
+    assert batch is not None  # activations grow
+    while batch > 0 and max(held(batch)) > room:
         batch -= 1
-    while peak(batch + 1) <= room:
+    while max(held(batch + 1)) <= room:
         batch += 1
     return batch
 
