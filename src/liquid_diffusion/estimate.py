@@ -93,7 +93,7 @@ def _autoencoder_on_fakes(encoding: bool, batch: int, side: int, bf16: bool) -> 
 
 @functools.lru_cache
 def _moments(config: EstimateConfig) -> tuple[int, list[dict[str, int]]]:
-    """Parameters of the model, and what is held when it may be the most: in a step, drawing a grid, encoding a batch."""
+    """Parameters of the model, and what is held when it may be most: in a step, drawing a grid, encoding a batch."""
     factor, channels = (2, 12) if config.codec == "pixels" else (8, 4)
     multiple = 4 * factor
     if config.image_size % multiple:
