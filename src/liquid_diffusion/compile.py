@@ -52,9 +52,10 @@ def _modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 class _Convolution:
     """A convolution with its weights in the sampling dtype, and the activation behind it.
 
-    On a CPU it calls oneDNN by the operators that torch.compile puts there: activation and residual sum are part of the
-    convolution, which spares a pass over memory each, and the weights are brought into oneDNN's layout once instead of
-    at every call, which at (8, 256, 8, 8) -> 256 channels is a third of the time on two cores (55 against 87 us).
+    On a CPU in bfloat16 it calls oneDNN by the operators that torch.compile puts there: activation and residual sum are
+    part of the convolution, which spares a pass over memory each, and the weights are brought into oneDNN's layout once
+    instead of at every call, which at (8, 256, 8, 8) -> 256 channels is a third of the time on two cores (55 against
+    87 us).
     """
 
     def __init__(
@@ -72,7 +73,8 @@ class _Convolution:
         self.stride, self.padding, self.groups = [stride] * 2, [weight.shape[-1] // 2] * 2, groups
         self.activation = activation
         self.packed = None
-        if weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        # in float32 the layout for a size that is not known yet can be 50 times slower than none
+        if weight.device.type == "cpu" and dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
             self.packed = torch.ops.mkldnn._reorder_convolution_weight(
                 self.weight, self.padding, self.stride, [1, 1], groups
             )
@@ -84,21 +86,21 @@ class _Convolution:
         return cls(layer.weight, layer.bias, dtype, stride=layer.stride[0], activation=activation)
 
     def _call(self, z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        geometry = (self.padding, self.stride, [1, 1], self.groups)
-        return torch.ops.mkldnn._convolution_pointwise(
-            z, weight, bias, *geometry, self.activation or "none", [], "none"
-        )
+        if self.packed is not None:
+            geometry = (self.padding, self.stride, [1, 1], self.groups)
+            return torch.ops.mkldnn._convolution_pointwise(
+                z, weight, bias, *geometry, self.activation or "none", [], "none"
+            )
+        y = F.conv2d(z, weight, bias, self.stride, self.padding, 1, self.groups)
+        return y if self.activation is None else _ACTIVATIONS[self.activation](y)
 
     def __call__(self, z: Tensor) -> Tensor:
         """z (B, C, H, W) -> (B, C', H', W')."""
-        if self.packed is not None:
-            return self._call(z, self.packed, self.bias)
-        y = F.conv2d(z, self.weight, self.bias, self.stride, self.padding, 1, self.groups)
-        return y if self.activation is None else _ACTIVATIONS[self.activation](y)
+        return self._call(z, self.weight if self.packed is None else self.packed, self.bias)
 
     def folds(self, z: Tensor, scale: Tensor) -> bool:
         """Whether to multiply a scale (B, C', 1, 1) into the weights: one for all pictures, and cheaper than a pass."""
-        return self.packed is not None and len(scale) == 1 and self.weight.numel() < z.numel()
+        return z.device.type == "cpu" and len(scale) == 1 and self.weight.numel() < z.numel()
 
     def scaled(self, z: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """``scale conv(z) + shift``, folded into the weights; only where `folds` says so."""
@@ -111,21 +113,12 @@ class _Convolution:
             x.addcmul_(self(z), scale)
             return
         scale = scale.flatten()
-        torch.ops.mkldnn._convolution_pointwise_.binary(
-            x,
-            z,
-            self.weight * scale[:, None, None, None],
-            self.bias * scale,
-            self.padding,
-            self.stride,
-            [1, 1],
-            self.groups,
-            "add",
-            None,
-            None,
-            [],
-            None,
-        )
+        weight, bias = self.weight * scale[:, None, None, None], self.bias * scale
+        if self.packed is None:
+            x.add_(self._call(z, weight, bias))
+            return
+        geometry = (self.padding, self.stride, [1, 1], self.groups)
+        torch.ops.mkldnn._convolution_pointwise_.binary(x, z, weight, bias, *geometry, "add", None, None, [], None)
 
 
 class _FoldedBlock:
