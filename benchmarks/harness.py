@@ -23,6 +23,7 @@ from liquid_diffusion.training.trainer import learning_rate_factor
 
 _RUN = TrainConfig()  # whose defaults all models are trained with
 _BATCH = 64
+_WARM_UP = 25  # steps; the trainer's 100 would be a third of what the slowest peers get in some minutes
 _FIT_PICTURES = 256
 
 
@@ -123,7 +124,7 @@ class Training:
         while left:
             start = budget.now(self.device)
             progress = (spent if budget.unit == "s" else step * _BATCH) / budget.amount
-            factor = min(1.0, (step + 1) / _RUN.warmup_steps)
+            factor = min(1.0, (step + 1) / _WARM_UP)
             factor *= learning_rate_factor(round(1e6 * progress), 1_000_000, 0, _RUN.cooldown)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr * factor

@@ -114,11 +114,10 @@ def test_a_training_is_that_of_the_trainer(
 ) -> None:
     """Under a budget in images, the same model comes out of the package's own trainer, step by step."""
     monkeypatch.setattr(harness, "_BATCH", 8)
-    defaults = TrainConfig()
     trainer = Trainer(
         quick(
             data=str(photos), steps=5, precision="auto", lr=1e-3, flip=False, val_fraction=0,
-            warmup_steps=defaults.warmup_steps, seed=3,
+            warmup_steps=harness._WARM_UP, seed=3,
         )
     )  # fmt: skip
     model = copy.deepcopy(trainer.model)
