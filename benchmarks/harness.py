@@ -19,7 +19,7 @@ from liquid_diffusion.data.transforms import to_float, to_pil, to_uint8
 from liquid_diffusion.flow import TimeSampling, flow_loss, interpolate, sample_times, velocity
 from liquid_diffusion.hardware import fastest_dtype
 from liquid_diffusion.sampling import make_scheduler, sample_steps, seeded_generators
-from liquid_diffusion.training.trainer import learning_rate_factor
+from liquid_diffusion.training.learning_rate import learning_rate_factor
 
 _RUN = TrainConfig()  # whose defaults all models are trained with
 _BATCH = 64

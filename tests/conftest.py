@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import atexit
 import os
+import subprocess
+import sys
 import tempfile
 
 from little_hub import LittleHub, reserve_port
@@ -142,3 +144,30 @@ def make_pipeline() -> Callable[..., LiquidDiffusionPipeline]:
         return LiquidDiffusionPipeline(model, make_scheduler(), vae, codec, names, image_size)
 
     return build
+
+
+@pytest.fixture
+def vae(tmp_path: Path) -> Path:
+    """The folder of a small autoencoder of factor 2."""
+    AutoencoderKL(
+        block_out_channels=[8, 16], norm_num_groups=4,
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+    ).save_pretrained(tmp_path / "vae")  # fmt: skip
+    return tmp_path / "vae"
+
+
+@pytest.fixture
+def on_two_processes(tmp_path: Path) -> Callable[..., str]:
+    """Runs a script under torch's launcher as two processes of the CPU; it returns what they print, or fails."""
+
+    def launch(script: str, *arguments: object) -> str:
+        path = tmp_path / "two.py"
+        path.write_text(script)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        done = subprocess.run(
+            [*command, str(path), *map(str, arguments)], check=False, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    return launch

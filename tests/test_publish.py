@@ -110,13 +110,16 @@ def test_a_folder_with_a_card_of_its_own_keeps_it(little_hub: LittleHub, trained
     assert "# Written by hand" in ModelCard.load("somebody/packed").content
 
 
-def test_train_pushes_at_the_end(little_hub: LittleHub, trained: Path, tmp_path: Path, capsys: Capture) -> None:
-    """Of a run that began without such a wish: that does not make it another run."""
+@pytest.mark.parametrize("steps", ["1", "2"])
+def test_train_pushes_at_the_end(
+    little_hub: LittleHub, trained: Path, tmp_path: Path, capsys: Capture, steps: str
+) -> None:
+    """Of a run that began without such a wish, which does not make it another run; or that has no step to go."""
     shutil.copytree(trained, tmp_path / "run")
-    assert main([*TRAIN[:-1], "2", "--out", str(tmp_path / "run"), "--push-to-hub", "somebody/new"]) == 0
+    assert main([*TRAIN[:-1], steps, "--out", str(tmp_path / "run"), "--push-to-hub", "somebody/new"]) == 0
     assert f"On the Hub: {little_hub.endpoint}/somebody/new" in capsys.readouterr().out
     assert load_pipeline("somebody/new").config["image_size"] == 16
-    assert "| steps | 2 |" in ModelCard.load("somebody/new").text
+    assert f"| steps | {steps} |" in ModelCard.load("somebody/new").text
 
 
 def test_a_training_that_can_not_be_pushed_does_not_begin(

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from liquid_diffusion.config import EstimateConfig, UserError
+from liquid_diffusion.config import EstimateConfig, RunConfig, UserError
 from liquid_diffusion.flow import flow_loss
 from liquid_diffusion.models.unet import LiquidUNet
 
@@ -172,6 +172,31 @@ def shortage(config: EstimateConfig, free_bytes: int) -> str | None:
         f"This training needs about {needed / 2**30:.1f} GiB and {free:.1f} are free: {way_out}. Other ways: "
         "--gradient-accumulation, --gradient-checkpointing true, --ema-on-cpu true."
     )
+
+
+def shortage_of_run(run: RunConfig, num_classes: int, mixed_precision: str, free_bytes: int) -> str | None:
+    """See `shortage`, for a run; None also where its codec is none that an estimate knows.
+
+    Args:
+        run: the training.
+        num_classes: of its data.
+        mixed_precision: no, bf16 or fp16, as accelerate names it.
+        free_bytes: on the card.
+    """
+    if run.codec not in ("pixels", "sd-vae"):
+        return None
+    config = EstimateConfig(
+        model=run.model,
+        image_size=run.image_size,
+        batch_size=run.batch_size // run.gradient_accumulation,
+        codec=run.codec,
+        num_classes=num_classes,
+        precision="fp32" if mixed_precision == "no" else mixed_precision,  # type: ignore[arg-type]  # one of the three
+        gradient_checkpointing=run.gradient_checkpointing,
+        ema_on_cpu=run.ema_on_cpu,
+        cache_latents=bool(run.cache_latents),
+    )
+    return shortage(config, free_bytes)
 
 
 def report(config: EstimateConfig, as_json: bool = False) -> str:

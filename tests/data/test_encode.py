@@ -201,19 +201,17 @@ module.encode(EncodeConfig(data=data, out=out, image_size=16, codec=codec, flip=
 
 
 def test_two_processes_write_what_one_writes(
-    configure: Configure, photos: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    configure: Configure,
+    photos: Path,
+    vae: Path,
+    tmp_path: Path,
+    on_two_processes: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A real launch on two processes, which share the shards; one of them speaks."""
-    (tmp_path / "two.py").write_text(TWO)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launch, str(tmp_path / "two.py"), str(photos), str(tmp_path / "two"), str(vae)],
-        check=False, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("held out) by") == done.stdout.count("Done:") == 1
-    assert [done.stdout.count(f"rank {rank} writes") for rank in (0, 1)] == [6, 5]
+    said = on_two_processes(TWO, photos, tmp_path / "two", vae)
+    assert said.count("held out) by") == said.count("Done:") == 1
+    assert [said.count(f"rank {rank} writes") for rank in (0, 1)] == [6, 5]
     monkeypatch.setattr(module, "_SHARD", 2)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

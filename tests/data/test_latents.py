@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers import AutoencoderTiny
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from scipy import stats
 
@@ -21,15 +21,6 @@ from liquid_diffusion.data.pictures import PictureDataset
 from liquid_diffusion.data.sources import open_source
 from liquid_diffusion.data.transforms import to_float
 from liquid_diffusion.presets import resolve
-
-
-@pytest.fixture
-def vae(tmp_path: Path) -> Path:
-    AutoencoderKL(
-        block_out_channels=[8, 16], norm_num_groups=4,
-        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
-    ).save_pretrained(tmp_path / "vae")  # fmt: skip
-    return tmp_path / "vae"
 
 
 @pytest.fixture

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,12 +125,10 @@ def test_bad_pictures_of_a_stream_are_named_and_counted(table: LittleHub, quick:
     assert "more than 5 %: look at your data" in said
 
 
-def test_two_processes_divide_an_epoch(tmp_path: Path) -> None:
+def test_two_processes_divide_an_epoch(tmp_path: Path, on_two_processes: Callable[..., str]) -> None:
     """A real launch, stopped and resumed in the middle: each of 32 pictures is taken once, by one of the two."""
     write_parquet(tmp_path / "t/x.parquet", {"image": encoded(range(32))}, Features({"image": ImageFeature()}), group=4)
-    script = tmp_path / "two.py"
-    script.write_text(
-        """
+    script = """
 import sys, torch
 from liquid_diffusion import TrainConfig, Trainer
 class Watched(Trainer):
@@ -150,17 +145,7 @@ for steps in (2, 4):
     trainer.save()
 assert sorted(trainer.accelerator.gather(torch.tensor(ids)).tolist()) == list(range(32))
 """
-    )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launch, str(script), str(tmp_path / "t"), str(tmp_path / "run")],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two_processes(script, tmp_path / "t", tmp_path / "run")
     assert (tmp_path / "run" / "checkpoints" / "step-000004" / "stream-1.json").is_file()
 
 

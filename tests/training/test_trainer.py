@@ -2,9 +2,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,8 @@ from liquid_diffusion.data import pictures
 from liquid_diffusion.data.encode import encode
 from liquid_diffusion.models.unet import LiquidUNet
 from liquid_diffusion.pipeline import load_pipeline
-from liquid_diffusion.training.trainer import Trainer, learning_rate_factor
+from liquid_diffusion.training.learning_rate import learning_rate_factor
+from liquid_diffusion.training.trainer import Trainer
 
 Make = Callable[..., TrainConfig]
 
@@ -329,11 +327,9 @@ def test_a_lower_rate_goes_on(quick: Make) -> None:
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.5e-4)
 
 
-def test_two_processes(tmp_path: Path) -> None:
+def test_two_processes(tmp_path: Path, on_two_processes: Callable[..., str]) -> None:
     """A real launch on two processes: equal weights, other draws in each; resumed; they stop together."""
-    script = tmp_path / "two.py"
-    script.write_text(
-        """
+    script = """
 import sys, torch
 from liquid_diffusion import TrainConfig, Trainer
 config = dict(out=sys.argv[1], image_size=16, model="nano", batch_size=4, precision="fp32", sample_every=2)
@@ -349,31 +345,11 @@ for steps in (2, 3):
     assert draws[0] != draws[1]
 assert not trainer._anyone(False) and trainer._anyone(trainer.accelerator.process_index == 1)
 """
-    )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [*launch, str(script), str(tmp_path / "run")],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    on_two_processes(script, tmp_path / "run")
     assert (tmp_path / "run" / "checkpoints" / "step-000003" / "generator-1.pt").is_file()
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
     with pytest.raises(UserError, match="trained with processes 2, here it would be 1"):
         Trainer(TrainConfig(out=str(tmp_path / "run"), image_size=16, model="nano", batch_size=4, precision="fp32"))
-
-
-@pytest.fixture
-def vae(tmp_path: Path) -> Path:
-    """A small autoencoder of factor 2."""
-    AutoencoderKL(
-        block_out_channels=[8, 16], norm_num_groups=4,
-        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
-    ).save_pretrained(tmp_path / "vae")  # fmt: skip
-    return tmp_path / "vae"
 
 
 @pytest.mark.parametrize("changes", [{}, {"buckets": True, "image_size": 32}])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import TypedDict
 
@@ -30,7 +31,27 @@ class Item(TypedDict):
     skipped: list[str]
 
 
-class PictureDataset(Dataset[Item]):
+class PictureFeed(ABC):
+    """Pictures that a codec encodes while the model is trained, wherever they are read from."""
+
+    @abstractmethod
+    def spread(self, count: int, batch_size: int) -> Iterator[Tensor]:
+        """Up to `count` pictures from all over the set, whose order may mean something.
+
+        Yields:
+            (B, 3, H, W) uint8, at most `batch_size` at once and of one shape.
+        """
+
+    def fit_codec(self, codec: Codec, count: int, batch_size: int) -> None:
+        """Let a codec measure its statistics on `count` pictures, of which `batch_size` are encoded at once."""
+        codec.fit(to_float(images) for images in self.spread(count, batch_size))
+
+    def to_latents(self, images: Tensor, codec: Codec, generator: torch.Generator) -> Tensor:
+        """What the model is trained on, (B, C, h, w), for a batch of this set, which lies on the codec's device."""
+        return codec.encode(to_float(images), generator)
+
+
+class PictureDataset(PictureFeed, Dataset[Item]):
     """Pictures of a source in one shape or a few, asked for as (epoch, index).
 
     A picture that can't be read is replaced by the next one and named in `Item.skipped`. A set that fits in memory is
@@ -147,20 +168,8 @@ class PictureDataset(Dataset[Item]):
                 skipped.append(str(error))
         raise UserError(f"Not one of the {len(self)} pictures can be read; the first: {skipped[0]}.")
 
-    def fit_codec(self, codec: Codec, count: int, batch_size: int) -> None:
-        """Let a codec measure its statistics on `count` pictures, of which `batch_size` are encoded at once."""
-        codec.fit(to_float(images) for images in self.spread(count, batch_size))
-
-    def to_latents(self, images: Tensor, codec: Codec, generator: torch.Generator) -> Tensor:
-        """What the model is trained on, (B, C, h, w), for a batch of this set, which lies on the codec's device."""
-        return codec.encode(to_float(images), generator)
-
     def spread(self, count: int, batch_size: int) -> Iterator[Tensor]:
-        """`count` pictures at equal distances over the whole set, whose order may mean something.
-
-        Yields:
-            (B, 3, H, W) uint8, at most `batch_size` at once and of one shape.
-        """
+        """See `PictureFeed.spread`: `count` pictures at equal distances, or all if there are fewer."""
         count = min(count, len(self))
         spread = {i * len(self) // count for i in range(count)}
         for _, indices in self.groups:

@@ -20,15 +20,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from liquid_diffusion.codecs import Codec
 from liquid_diffusion.config import UserError
-from liquid_diffusion.data.pictures import is_mirrored, stable_hash
+from liquid_diffusion.data.pictures import PictureFeed, is_mirrored, stable_hash
 from liquid_diffusion.data.ranged import SourceLostError
 from liquid_diffusion.data.shards import Chunk, Rows, Shards
 from liquid_diffusion.data.sources import BadPictureError
 from liquid_diffusion.data.split import is_held_out
 from liquid_diffusion.data.tables import decode
-from liquid_diffusion.data.transforms import Shape, to_float, to_shape, to_uint8
+from liquid_diffusion.data.transforms import Shape, to_shape, to_uint8
 
 # Lanes of a process: the places of the stream that one batch is taken from, and the most workers it can have.
 LANES = 4
@@ -101,7 +100,7 @@ class _Reader:
             raise BadPictureError(f"{self._shards.name(self._shards.chunks[number], index)}: {error}") from error
 
 
-class PictureStream:
+class PictureStream(PictureFeed):
     """Square pictures of shards, in batches.
 
     In each epoch of a lane every picture of its span is taken once; the spans of all lanes together are the whole set.
@@ -247,20 +246,8 @@ class PictureStream:
 
     # ---- batches
 
-    def fit_codec(self, codec: Codec, count: int, batch_size: int) -> None:
-        """See `PictureDataset.fit_codec`; every process measures the same pictures."""
-        codec.fit(to_float(images) for images in self.spread(count, batch_size))
-
-    def to_latents(self, images: Tensor, codec: Codec, generator: torch.Generator) -> Tensor:
-        """See `PictureDataset.to_latents`."""
-        return codec.encode(to_float(images), generator)
-
     def spread(self, count: int, batch_size: int) -> Iterator[Tensor]:
-        """`count` pictures from the beginnings of a process's lanes, or as many as there are.
-
-        Yields:
-            (B, 3, H, W) uint8, at most `batch_size` at once.
-        """
+        """See `PictureFeed.spread`: from the beginnings of the first process's lanes, the same in every process."""
         count = min(count, max(1, round(len(self) * (1 - self.val_fraction))))
         walks = [self._walk(lane, LANES, (0, 0), ahead=False) for lane in range(LANES)]
         images = (next(walks[i % LANES])[0][0] for i in range(count))

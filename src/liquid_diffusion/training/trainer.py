@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from liquid_diffusion.codecs import AutoencoderCodec, make_codec
-from liquid_diffusion.config import EstimateConfig, TrainConfig, UserError
+from liquid_diffusion.config import TrainConfig, UserError
 from liquid_diffusion.data.feed import Feed, describe, open_batches, open_latents, open_pictures
 from liquid_diffusion.data.ranged import SourceLostError
 from liquid_diffusion.data.stream import PictureStream
-from liquid_diffusion.estimate import shortage
+from liquid_diffusion.estimate import shortage_of_run
 from liquid_diffusion.flow import flow_loss, interpolate, sample_times, velocity
 from liquid_diffusion.grid import draw_grid
 from liquid_diffusion.hardware import choose_precision, free_memory, keep_freed_memory, process_state
@@ -34,13 +34,11 @@ from liquid_diffusion.presets import check_size, resolve
 from liquid_diffusion.publish import prepare, publish
 from liquid_diffusion.sampling import make_scheduler, seeded_generators
 from liquid_diffusion.training.checkpoint import CheckpointFolder
+from liquid_diffusion.training.learning_rate import learning_rate_factor
+from liquid_diffusion.training.resume import check_same_data, check_same_run, machine_facts
 from liquid_diffusion.training.run_folder import RunFolder
 from liquid_diffusion.training.tracking import MetricsLog, StopRequest
 
-# What a run that goes on may change; all else would make it another run.
-_FREE = frozenset(
-    ("out", "steps", "lr", "checkpoint_every", "sample_every", "log_every", "workers", "cache_latents", "ema_on_cpu")
-) | {"push_to_hub", "hub_private"}
 _GRID_COLUMNS = 8
 _FIT_PICTURES = 256
 _FIT_PICTURES_CPU_VAE = 16  # the SD-VAE takes 4 s a picture of 256 px on a CPU core
@@ -52,15 +50,6 @@ class StepResult:
 
     step: int
     loss: Tensor
-
-
-def learning_rate_factor(step: int, steps: int, warmup: int, cooldown: float) -> float:
-    """Warm-up, plateau, cosine: the factor of the learning rate for `step` of `steps`, counted from 0."""
-    rising = (step + 1) / warmup if step < warmup else 1.0
-    start = steps * (1 - cooldown)
-    if step < start:
-        return rising
-    return rising * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - start) / max(1.0, steps - start))))
 
 
 class Trainer:
@@ -86,7 +75,7 @@ class Trainer:
         self.folder.check(Path(run.data).expanduser())
         found = self.checkpoints.latest()
         if found is not None:
-            self._check_same_run(found[2])
+            check_same_run(self.folder.path, found[2], run, self.accelerator)
         if device.type == "cpu":
             keep_freed_memory()
 
@@ -148,46 +137,10 @@ class Trainer:
 
     def memory_warning(self) -> str | None:
         """Whether the training won't fit the card, in words, before it is tried; None where it does or nobody knows."""
-        run, free = self.config, free_memory(self.accelerator.device)
-        if free is None or run.codec not in ("pixels", "sd-vae"):
+        free = free_memory(self.accelerator.device)
+        if free is None:
             return None
-        precision = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}[self.accelerator.mixed_precision]
-        wanted = EstimateConfig(
-            model=run.model,
-            image_size=run.image_size,
-            batch_size=run.batch_size // run.gradient_accumulation,
-            codec=run.codec,
-            num_classes=len(self.dataset.label_names),
-            precision=precision,  # type: ignore[arg-type]  # one of the three
-            gradient_checkpointing=run.gradient_checkpointing,
-            ema_on_cpu=run.ema_on_cpu,
-            cache_latents=bool(run.cache_latents),
-        )
-        return shortage(wanted, free)
-
-    def _check_same_run(self, facts: dict[str, Any]) -> None:
-        before = {field.name: field.default for field in fields(TrainConfig)} | facts["config"]  # it may be older
-        for name, value in asdict(self.config).items():
-            if name not in _FREE and before[name] != value:
-                raise UserError(
-                    f"{self.folder.path} was trained with {name} {before[name]}, not {value}; "
-                    f"say --{name.replace('_', '-')} {before[name]} to go on with it, or choose another --out."
-                )
-        for name, value in self._machine().items():
-            if facts["machine"][name] != value:
-                raise UserError(
-                    f"{self.folder.path} was trained with {name} {facts['machine'][name]}, here it would be {value}; "
-                    f"go on where it was started, or choose another --out."
-                )
-
-    def _machine(self) -> dict[str, Any]:
-        """What a run that goes on must find again: the states of its generators and of its loss scaling."""
-        accelerator = self.accelerator
-        return {
-            "device": accelerator.device.type,
-            "precision": accelerator.mixed_precision,
-            "processes": accelerator.num_processes,
-        }
+        return shortage_of_run(self.config, len(self.dataset.label_names), self.accelerator.mixed_precision, free)
 
     # ---- state
 
@@ -212,18 +165,14 @@ class Trainer:
                 "codec": self.codec.state(),
                 "label_names": self.dataset.label_names,
                 "pictures": len(self.dataset),
-                "machine": self._machine(),
+                "machine": machine_facts(self.accelerator),
             }
             self.checkpoints.finish(self.step, facts)
         accelerator.wait_for_everyone()
         return self.checkpoints.all()[-1]
 
     def _load(self, folder: Path, step: int, facts: dict[str, Any]) -> None:
-        if facts["pictures"] != len(self.dataset) or facts["label_names"] != self.dataset.label_names:
-            raise UserError(
-                f"{self.config.data} has changed since {folder} was written: it had {facts['pictures']} pictures, now "
-                f"{len(self.dataset)}; choose another --out to train on what is there now."
-            )
+        check_same_data(folder, facts, self.config.data, len(self.dataset), self.dataset.label_names)
         self.accelerator.load_state(str(folder))
         self.ema.load_state_dict(torch.load(folder / "ema.pt", map_location="cpu", weights_only=True))
         self.ema.to("cpu" if self.config.ema_on_cpu else self.accelerator.device)
@@ -363,13 +312,21 @@ class Trainer:
                     break
                 if not losses:
                     since = time.perf_counter()
-        if self.finished and config.push_to_hub and main:
-            print(self._publish(config.push_to_hub))
+        if self.finished:
+            self.push()
         return self.finished
 
-    def _publish(self, repo: str) -> str:
+    def push(self) -> None:
+        """Push the run, as far as it is saved, to the Hub repository that it was told of, if any.
+
+        Raises:
+            UserError: the Hub does not take it.
+        """
+        repo = self.config.push_to_hub
+        if repo is None or not self.accelerator.is_main_process:
+            return
         try:
-            return publish(str(self.folder.path), repo, self.config.hub_private)
+            print(publish(str(self.folder.path), repo, self.config.hub_private))
         except UserError as error:
             raise UserError(
                 f"{self.folder.path} is trained and saved, but not on the Hub. {error} Then: "

@@ -1,0 +1,65 @@
+"""Whether a run may go on from a checkpoint: what it is now against what it was then."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from liquid_diffusion.config import RunConfig, TrainConfig, UserError
+
+# What a run that goes on may change; all else would make it another run.
+_FREE = frozenset(
+    ("out", "steps", "lr", "checkpoint_every", "sample_every", "log_every", "workers", "cache_latents", "ema_on_cpu")
+) | {"push_to_hub", "hub_private"}
+
+
+def machine_facts(accelerator: Accelerator) -> dict[str, Any]:
+    """What a run that goes on must find again: the states of its generators and of its loss scaling."""
+    return {
+        "device": accelerator.device.type,
+        "precision": accelerator.mixed_precision,
+        "processes": accelerator.num_processes,
+    }
+
+
+def check_same_run(folder: Path, before: dict[str, Any], config: RunConfig, accelerator: Accelerator) -> None:
+    """Look whether this is the run that a checkpoint was written by.
+
+    Args:
+        folder: of the run, for the words.
+        before: the facts of the checkpoint.
+        config: the run as it is wanted now.
+        accelerator: the machine now.
+
+    Raises:
+        UserError: an option or the machine is another one.
+    """
+    settings = {field.name: field.default for field in fields(TrainConfig)} | before["config"]  # it may be older
+    for name, value in asdict(config).items():
+        if name not in _FREE and settings[name] != value:
+            raise UserError(
+                f"{folder} was trained with {name} {settings[name]}, not {value}; "
+                f"say --{name.replace('_', '-')} {settings[name]} to go on with it, or choose another --out."
+            )
+    for name, value in machine_facts(accelerator).items():
+        if before["machine"][name] != value:
+            raise UserError(
+                f"{folder} was trained with {name} {before['machine'][name]}, here it would be {value}; "
+                f"go on where it was started, or choose another --out."
+            )
+
+
+def check_same_data(checkpoint: Path, before: dict[str, Any], data: str, pictures: int, label_names: list[str]) -> None:
+    """Look whether the data are those that a checkpoint was trained on.
+
+    Raises:
+        UserError: they have another number of pictures or other classes.
+    """
+    if before["pictures"] != pictures or before["label_names"] != label_names:
+        raise UserError(
+            f"{data} has changed since {checkpoint} was written: it had {before['pictures']} pictures, now "
+            f"{pictures}; choose another --out to train on what is there now."
+        )
