@@ -223,6 +223,7 @@ class ShowConfig:
     out: str = _option("grid.png", "the grid of `show`, a picture file")
     image_size: int = _option(64, "side of the square pictures")
     crop: Literal["center", "random", "pad"] = _option("center", "as for train")
+    buckets: bool = _option(False, "as for train; each picture is shown on a grey square")
     flip: bool | None = _option(None, "as for train")
     image_column: str | None = _option(None, "as for train")
     label_column: str | None = _option(None, "as for train")

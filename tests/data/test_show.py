@@ -62,6 +62,24 @@ def test_bad_pictures_are_told(photos: Path, tmp_path: Path, capsys: Capture) ->
     assert "1 can't be read, e.g." in capsys.readouterr().out
 
 
+def test_buckets_are_shown_in_their_shapes(tmp_path: Path, capsys: Capture) -> None:
+    """Of about 32 x 32 pixels with sides divisible by 8: 1 : 2 as 24 x 40; the rest of a cell is grey."""
+    for name, size in (("wide", (80, 40)), ("upright", (40, 80)), ("square", (60, 60))):
+        Image.new("RGB", size, "red").save(tmp_path / f"{name}.png")
+    out = tmp_path / "grid.png"
+    show = ["datasets", "show", str(tmp_path), "--buckets", "true", "--image-size", "32", "--out", str(out)]
+    assert main(show) == 0
+    assert "3 pictures of 32 px in 3 shapes" in capsys.readouterr().out
+    with Image.open(out) as sheet:  # cells of 40 px, doubled to be seen
+        pixels = np.asarray(sheet)[:80]
+    found = set()
+    for cell in (pixels[:, x : x + 80] for x in (0, 82, 164)):
+        red = np.argwhere((cell == (255, 0, 0)).all(2))
+        found.add(tuple(np.ptp(red, axis=0) + 1))
+        assert (cell[(cell != (255, 0, 0)).any(2)] == 176).all()
+    assert found == {(48, 80), (80, 48), (64, 64)}
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -71,6 +89,8 @@ def test_bad_pictures_are_told(photos: Path, tmp_path: Path, capsys: Capture) ->
         (["show", "emoji", "--out", "/proc/x.png"], "/proc/x.png can't be written"),
         (["show", "emoji", "--out", "x.nonsense"], "x.nonsense can't be written"),
         (["show", "emoji", "--image-size", "0"], "image_size must be at least 1"),
+        (["show", "emoji", "--buckets", "true", "--image-size", "30"], "image_size 30 can't be divided by 8"),
+        (["show", "emoji", "--buckets", "true", "--streaming", "true"], "leave out --streaming"),
     ],
 )
 def test_mistakes(arguments: list[str], words: str, tmp_path: Path, capsys: Capture) -> None:

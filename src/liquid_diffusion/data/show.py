@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from liquid_diffusion.config import ShowConfig, TrainConfig, UserError
 from liquid_diffusion.data.registry import describe, find_facts
-from liquid_diffusion.presets import resolve
+from liquid_diffusion.presets import check_size, resolve
 
 if TYPE_CHECKING:  # the table of data sets comes at once
     from torch import Tensor
@@ -18,6 +18,16 @@ _COLUMNS = 8
 _ROWS = 4  # where there are no classes
 _MOST_CLASSES = 10
 _LOOKED_AT = 400  # pictures in which each class is looked for
+_FACTORS = {"pixels": 2, "sd-vae": 8}  # of the codecs that a training takes where none is said
+_GREY = 176
+
+
+def _on_grey(image: Tensor, height: int, width: int) -> Tensor:
+    """A picture (3, H, W) uint8 in the middle of a grey one of `height` and `width`, which are no smaller."""
+    sheet = image.new_full((3, height, width), _GREY)
+    top, left = (height - image.shape[1]) // 2, (width - image.shape[2]) // 2
+    sheet[:, top : top + image.shape[1], left : left + image.shape[2]] = image
+    return sheet
 
 
 def datasets(show_source: list[str] | None, config: ShowConfig, as_json: bool = False) -> str:
@@ -47,7 +57,8 @@ def show(source: str, config: ShowConfig) -> str:
     from liquid_diffusion.grid import draw_grid
 
     run = resolve(TrainConfig(**{**asdict(config), "data": source, "val_fraction": 0.0}), "cpu")
-    feed, held_out = open_pictures(run, multiple=1)
+    multiple = check_size(run.image_size, run.codec, _FACTORS[run.codec]) if run.buckets else 1
+    feed, held_out = open_pictures(run, multiple)
     classes = feed.label_names[:_MOST_CLASSES]
     rows: list[list[Tensor]] = [[] for _ in classes or range(_ROWS)]
     skipped = list(feed.skipped)
@@ -59,6 +70,9 @@ def show(source: str, config: ShowConfig) -> str:
             rows[row].append(images[0])
         if taken + 1 == limit or all(len(row) == _COLUMNS for row in rows):
             break
+    shapes = [image.shape[1:] for row in rows for image in row]
+    height, width = max(shape[0] for shape in shapes), max(shape[1] for shape in shapes)
+    rows = [[_on_grey(image, height, width) for image in row] for row in rows]
     shown = [row + [row[0].new_full(row[0].shape, 255)] * (_COLUMNS - len(row)) for row in rows if row]
     kept = [name for name, row in zip(classes, rows, strict=False) if row]
     sheet = draw_grid([to_pil(to_float(image)[None])[0] for image in itertools.chain(*shown)], _COLUMNS, kept)
