@@ -47,8 +47,8 @@ def card(folder: Path, metrics: dict[str, Any]) -> str:
     settings = yaml.safe_load((folder / "config.yaml").read_text())
     names = load_pipeline(str(folder)).config["label_names"]
     memory = metrics["memorisation"]
-    features = memory["feature_distance"]
-    copies = "not under" if features["samples_median"] >= (features["held_out_median"] or 0) else "under"
+    near = (memory["feature_distance"], memory["pixel_distance"])
+    features, pixels = (space["samples_median"] / space["held_out_median"] for space in near)
     return f"""---
 license: cc-by-4.0
 library_name: diffusers
@@ -77,8 +77,8 @@ the model draws derives from these graphics: name them as the licence asks.
 
 {_indented(table(metrics))}
 
-The median distance of a sample to its nearest training picture is {copies} that of pictures which the model has never
-seen. Kernel and Frechet distance are in the features of EfficientNet-Lite0 and can't be compared with FID.
+The median distance of a sample to its nearest training picture is {features:.2f} times that of a held-out picture in
+features, and {pixels:.2f} times in pixels; a copier's would be near 0. Kernel and Frechet distance are in the features of EfficientNet-Lite0 and can't be compared with FID.
 
 ## Limits
 
