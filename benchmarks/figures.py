@@ -102,7 +102,7 @@ def comparison_tables(rows: list[Row], base: str, columns: dict[str, str] | None
             some = models[key]
             value, error = mean_and_error(some)
             other = mean_and_error(models[base,])[0]
-            names = ("fd", "precision", "recall", "steps")
+            names = ("held_out_loss", "fd", "precision", "recall", "steps")
             average = {name: statistics.mean(float(row[name]) for row in some) for name in names}
             lines.append(
                 [
@@ -111,6 +111,7 @@ def comparison_tables(rows: list[Row], base: str, columns: dict[str, str] | None
                     f"{value:.3f} ± {error:.3f}",
                     f"{other / value:.2f}",
                     "" if key == (base,) else verdict(some, models[base,]),
+                    f"{average['held_out_loss']:.4f}",
                     f"{average['fd']:.0f}",
                     f"{average['precision']:.2f} / {average['recall']:.2f}",
                     f"{float(some[0]['parameters']) / 1e6:.2f} M",
@@ -121,20 +122,20 @@ def comparison_tables(rows: list[Row], base: str, columns: dict[str, str] | None
                 ]
             )
         header = ["model", *(["what it tests"] if columns else []), "KD", f"{base} / it", f"difference from {base}"]
-        header += ["FD", "precision / recall", "parameters", "FLOPs", "steps", "lr", "seeds"]
+        header += ["loss on val", "FD", "precision / recall", "parameters", "FLOPs", "steps", "lr", "seeds"]
         tables.append(f"{_setting(setting[0])}:\n\n{markdown(header, lines)}")
     return "\n\n".join(tables) or NOT_YET
 
 
 def tuning_table(rows: list[Row]) -> str:
-    """Kernel distance on the part of train that is held out for choices, for each learning rate."""
+    """Loss at the end of the trainings for choices, for each learning rate."""
     final = [row for row in rows if row["split"] == "tune" and float(row["fraction"]) == 1]
     if not final:
         return NOT_YET
     rates = sorted({row["lr"] for row in final}, key=float)
     lines = []
     for (model, _), some in _group(final, "model", "budget").items():
-        found = {row["lr"]: float(row["kd"]) for row in some}
+        found = {row["lr"]: float(row["loss"]) for row in some}
         best = min(found, key=lambda lr: found[lr])
         cells = [f"**{found[lr]:.3f}**" if lr == best else f"{found[lr]:.3f}" if lr in found else "" for lr in rates]
         lines.append([model, *cells])

@@ -28,7 +28,7 @@ import pyarrow.parquet
 import torch
 from ablations import ABLATIONS, ablated
 from figures import QUALITY, draw_quality, read_rows
-from harness import Budget, Training, draw, fit_codec, predict
+from harness import Budget, Training, draw, fit_codec, held_out_loss, predict
 from peers import check_size, dico, dit, fcdm, unet2d
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -48,6 +48,13 @@ FRACTIONS = (0.25, 0.5, 1.0)
 STEPS = 25  # of Heun's solver, for all samples
 TUNE_SHARE = 10  # one in this many code points of train is held out to choose learning rates on
 
+# commit; what makes a training the one it is; where it was measured; what was found (nothing but losses where it served
+# to choose a learning rate)
+COLUMNS = [
+    *("commit", "device", "threads", "split", "size", "preset", "model", "seed", "budget", "clock", "lr"),
+    *("parameters", "flops", "fraction", "steps", "images", "seconds", "loss", "held_out_loss"),
+    *("kd", "kd_standard_error", "fd", "precision", "recall", "fd_pictures"),
+]
 OURS = "liquid"
 PEERS: dict[str, Callable[[str, int, int, int], nn.Module]] = {
     OURS: lambda preset, channels, classes, _: LiquidUNet.from_preset(preset, channels, classes),
@@ -98,10 +105,13 @@ def forward_flops(model: nn.Module, channels: int, side: int, device: torch.devi
 
 
 def best_learning_rate(rows: list[dict[str, str]], name: str, options: argparse.Namespace) -> float | None:
-    """The one of the least kernel distance on the split for choices."""
+    """The one of the least loss in training on the split for choices.
+
+    By the loss and not by the kernel distance, which is still flat where trainings for choices end.
+    """
     wanted = {"split": "tune", "model": name, "preset": options.preset, "size": str(options.size), "fraction": "1"}
     tuned = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
-    return float(min(tuned, key=lambda row: float(row["kd"]))["lr"]) if tuned else None
+    return float(min(tuned, key=lambda row: float(row["loss"]))["lr"]) if tuned else None
 
 
 class Comparison:
@@ -117,9 +127,10 @@ class Comparison:
         self.budget = Budget(options.seconds if unit == "s" else options.images, unit, options.clock)
         self.train, self.reference = pictures(options.data, options.size, options.split)
         self.codec = fit_codec(PixelCodec(2), self.train)
-        self.extractor = make_features("lite0", self.device)
-        self.real = CachedFeatures(self.extractor, self.device).of(self.reference)
-        self.labels = labels_of(self.reference)
+        if options.split == "val":
+            self.extractor = make_features("lite0", self.device)
+            self.real = CachedFeatures(self.extractor, self.device).of(self.reference)
+            self.labels = labels_of(self.reference)
 
     def _facts(self, name: str, seed: int, lr: float) -> dict[str, Any]:
         """What makes a training the one it is."""
@@ -154,14 +165,14 @@ class Comparison:
         training = Training(model, self.train, self.codec, lr, seed, times)
         rows = []
         for point in training.points(self.budget, self.options.fractions):
-            samples = draw(model, self.codec, self.labels, self.options.size, STEPS)
-            found = compare(self.real, extract(self.extractor, samples.split(32), self.device))
+            found = {"held_out_loss": held_out_loss(model, self.codec, self.reference)}
+            said = f"loss {point.loss:.3f}, held out {found['held_out_loss']:.4f}"
+            if self.options.split == "val":
+                samples = draw(model, self.codec, self.labels, self.options.size, STEPS)
+                found |= compare(self.real, extract(self.extractor, samples.split(32), self.device))
+                said += f", KD {found['kd']:.4f} +- {found['kd_standard_error']:.4f}"
             rows.append(facts | vars(point) | found)
-            print(
-                f"{name}, seed {seed}, lr {lr:g}: step {point.steps}, {point.seconds:.0f} s, loss {point.loss:.3f}, "
-                f"KD {found['kd']:.4f} +- {found['kd_standard_error']:.4f}",
-                flush=True,
-            )
+            print(f"{name}, seed {seed}, lr {lr:g}: step {point.steps}, {point.seconds:.0f} s, {said}", flush=True)
         append_rows(rows)
 
 
@@ -170,7 +181,7 @@ def append_rows(rows: list[dict[str, Any]]) -> None:
     QUALITY.parent.mkdir(exist_ok=True)
     new = not QUALITY.exists()
     with QUALITY.open("a", newline="") as file:
-        writer = csv.DictWriter(file, ["commit", *rows[0]], lineterminator="\n")
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if new:
             writer.writeheader()
         for row in rows:

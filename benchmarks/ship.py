@@ -78,7 +78,8 @@ the model draws derives from these graphics: name them as the licence asks.
 {_indented(table(metrics))}
 
 The median distance of a sample to its nearest training picture is {features:.2f} times that of a held-out picture in
-features, and {pixels:.2f} times in pixels; a copier's would be near 0. Kernel and Frechet distance are in the features of EfficientNet-Lite0 and can't be compared with FID.
+features, and {pixels:.2f} times in pixels; a copier's would be near 0. Kernel and Frechet distance are in the features
+of EfficientNet-Lite0 and can't be compared with FID.
 
 ## Limits
 

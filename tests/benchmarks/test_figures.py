@@ -12,6 +12,7 @@ def rows(model: str, *values: float, **changes: str) -> list[Row]:
         "split": "val", "fraction": "1", "budget": "480 s", "clock": "wall", "size": "32", "preset": "nano",
         "device": "x86_64", "threads": "2", "parameters": "5720652", "flops": "1e9", "steps": "1000", "lr": "0.001",
         "fd": "700", "precision": "0.5", "recall": "0.25", "kd_standard_error": "0.01",
+        "loss": "0.2", "held_out_loss": "0.25",
     }  # fmt: skip
     return [base | {"model": model, "seed": str(seed), "kd": str(kd)} | changes for seed, kd in enumerate(values)]
 
@@ -43,7 +44,9 @@ def test_tables_hold_what_the_rows_say() -> None:
     assert "| peer | 1.000 ± 0.115 | 0.50 | worse, 3.9 standard errors |" in table
     assert table.startswith("480 s each, 32 px, size of nano, x86_64, 2 threads:")
     assert comparison_tables([], "liquid") == NOT_YET
-    tuning = tuning_table(rows("a", 0.4, split="tune", lr="0.002") + rows("a", 0.3, split="tune", lr="0.0005"))
+    tuning = tuning_table(
+        rows("a", 0.1, split="tune", lr="0.002", loss="0.4") + rows("a", 0.2, split="tune", lr="0.0005", loss="0.3")
+    )
     assert tuning.splitlines()[0] == "| model | 0.0005 | 0.002 |"
     assert tuning.splitlines()[-1] == "| a | **0.300** | 0.400 |"
 
