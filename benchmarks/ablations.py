@@ -150,6 +150,34 @@ class WithoutFeedForward(LiquidBlock):
         return torch.addcmul(x, m[5], self.mix(modulate(channel_norm(x), m[3], m[4])))
 
 
+class PoolingGate(nn.Module):
+    """``x sigmoid(W mean(x))``, the gate of our spatial mix."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.linear(x.mean((2, 3))))[:, :, None, None]
+
+
+class OneStep(LiquidBlock):
+    """Liquid layer and spatial mix in one residual step: the hidden features of the heads look around. Two steps."""
+
+    def __init__(self, channels: int, condition_channels: int, ratio: float) -> None:
+        super().__init__(channels, condition_channels, 1)
+        del self.mix
+        self.feed_forward = feed_forward(channels, ratio)
+        self.modulation = nn.Linear(condition_channels, 6 * channels)
+        self.cfc.backbone = nn.Sequential(self.cfc.backbone, Depthwise7(channels))
+        self.cfc.heads = nn.Sequential(PoolingGate(channels), self.cfc.heads)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        m = self.modulation(condition)[:, :, None, None].chunk(6, dim=1)  # 6 x (B, C, 1, 1)
+        x = torch.addcmul(x, m[2], self.cfc(modulate(channel_norm(x), m[0], m[1]), condition))
+        return torch.addcmul(x, m[5], self.feed_forward(modulate(channel_norm(x), m[3], m[4])))
+
+
 class WithoutOutputGates(Variant):
     """``x <- x + part(modulate(norm(x)))``: no adaLN-zero, so that a new block is not the identity."""
 
@@ -203,12 +231,14 @@ class Ablation:
         question: what it answers, in a few words for the table.
         block: made of (channels, condition_channels, ratio).
         times: the distribution of the training times.
+        depths: blocks of each stage; those of the preset where nothing is said.
         equal: whether its parameters are matched; else it has what it has, and the table tells.
     """
 
     question: str
     block: Callable[[int, int, float], nn.Module]
     times: TimeSampling = "logit-normal"
+    depths: tuple[int, ...] | None = None
     equal: bool = True
 
 
@@ -231,6 +261,8 @@ ABLATIONS = {
     ),
     "backbone 7x7": Ablation("depthwise 7x7 before the heads", _with_backbone(Depthwise7)),
     "no feed-forward": Ablation("its parameters in the liquid layer", WithoutFeedForward),
+    "one step": Ablation("liquid layer and spatial mix in one step", OneStep),
+    "one step, deeper": Ablation("and more blocks for it", OneStep, depths=(1, 1, 2)),
     "mix grn": Ablation("response norm for the pooling gate", _with_mix(MixWithResponseNorm)),
     "mix no gate": Ablation("no pooling gate", _with_mix(MixWithoutGate)),
     "no adaln-zero": Ablation("residual steps without output gates", WithoutOutputGates),
@@ -246,7 +278,7 @@ def ablated(name: str, size: str, channels: int, num_classes: int) -> LiquidUNet
         def block(width: int, condition_channels: int) -> nn.Module:
             return ablation.block(width, condition_channels, ratio)
 
-        return in_our_frame(block, channels, num_classes, shape.widths, shape.depths)
+        return in_our_frame(block, channels, num_classes, shape.widths, ablation.depths or shape.depths)
 
     if not ablation.equal or name == "liquid":
         return build(shape.ratio)
