@@ -127,13 +127,20 @@ def plain(model: nn.Module, x: Tensor, t: Tensor, labels: Tensor) -> Callable[[]
     return evaluate
 
 
-def samplings(models: dict[str, nn.Module], batch: int, size: int, device: torch.device) -> dict[str, Callable]:
-    """One evaluation of each model; of ours as the sampler runs it, with one class for all and with one for each."""
+def evaluation(
+    models: dict[str, nn.Module], batch: int, size: int, device: torch.device
+) -> tuple[LiquidUNet, list[float], Tensor, Tensor, Tensor]:
+    """Our model, the times of a schedule, and the fourth evaluation of a batch: x, t and labels."""
     x, _, labels = batch_of(batch, size, device)
     times = schedule(device)
-    t = torch.full((batch,), times[3], device=device)
     ours = models[OURS]
     assert isinstance(ours, LiquidUNet)
+    return ours, times, x, torch.full((batch,), times[3], device=device), labels
+
+
+def samplings(models: dict[str, nn.Module], batch: int, size: int, device: torch.device) -> dict[str, Callable]:
+    """One evaluation of each model; of ours as the sampler runs it, with one class for all and with one for each."""
+    ours, times, x, t, labels = evaluation(models, batch, size, device)
     same, each = (compile_for_sampling(ours, times, some) for some in (labels[:1], labels))
     return {
         OURS: lambda: same(x, t),
@@ -147,11 +154,7 @@ def edge(models: dict[str, nn.Module], batch: int, size: int, device: torch.devi
     """One evaluation in float32, for machines without a matrix unit: PyTorch beside onnxruntime."""
     import onnxruntime
 
-    x, _, labels = batch_of(batch, size, device)
-    times = schedule(device)
-    t = torch.full((batch,), times[3], device=device)
-    ours = models[OURS]
-    assert isinstance(ours, LiquidUNet)
+    ours, times, x, t, labels = evaluation(models, batch, size, device)
     compiled = compile_for_sampling(ours, times, labels[:1], dtype=torch.float32)
     pipeline = LiquidDiffusionPipeline(ours, make_scheduler(), codec=PixelCodec().state())
     with tempfile.TemporaryDirectory() as folder:
