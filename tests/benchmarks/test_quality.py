@@ -15,11 +15,15 @@ import pytest
 import quality
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
-from harness import Budget, Training, fit_codec
+from harness import Budget, Training, fit_codec, held_out_loss
 from PIL import Image as Pictures
+from torch import Tensor, nn
 
 from liquid_diffusion.codecs import PixelCodec
 from liquid_diffusion.config import TrainConfig
+from liquid_diffusion.data.pictures import PictureDataset
+from liquid_diffusion.data.sources import open_source
+from liquid_diffusion.data.transforms import to_float
 from liquid_diffusion.training.trainer import Trainer
 
 
@@ -130,3 +134,25 @@ def test_a_training_is_that_of_the_trainer(
     assert point.loss == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
     for ours, theirs in zip(model.parameters(), trainer.model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+def test_held_out_loss_of_models_that_are_known(tmp_path: Path) -> None:
+    """Where all pictures are one, ``(x - x0) / t`` is the velocity; predicting nothing costs ``1 + mean(x0^2)``."""
+    for i in range(24):
+        Pictures.new("RGB", (8, 8), (250, 30, 130)).save(tmp_path / f"{i}.png")
+    dataset = PictureDataset(open_source(str(tmp_path)), 8)
+    codec = PixelCodec(2)  # not fitted: latents are the pixels
+    x0 = codec.encode(to_float(dataset.picture(0)["image"][None]))
+
+    class Known(nn.Module):
+        def __init__(self, right: bool) -> None:
+            super().__init__()
+            self.right = nn.Parameter(torch.tensor(float(right)))
+
+        def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+            return self.right * (x - x0) / t[:, None, None, None]
+
+    assert held_out_loss(Known(True), codec, dataset) < 1e-6
+    expected = 1 + x0.square().mean().item()
+    assert held_out_loss(Known(False), codec, dataset) == pytest.approx(expected, rel=0.02)  # 18,432 draws
+    assert held_out_loss(Known(False), codec, dataset) == held_out_loss(Known(False), codec, dataset)
