@@ -8,6 +8,7 @@ Shapes: B batch, C channels, H W height and width, T width of the condition.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -54,6 +55,17 @@ class MeanRelaxation(ParallelCfC):
 
     def alpha(self, condition: Tensor) -> Tensor:
         return torch.exp(-self.log_rate.float().exp() * condition.float().mean(1, keepdim=True).abs())  # (B, C)
+
+
+class EarlyRelaxation(ParallelCfC):
+    """Relaxation that starts at alpha = 1/2."""
+
+    def __init__(self, channels: int, condition_channels: int) -> None:
+        super().__init__(channels, condition_channels, "liquid", "liquid")
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.constant_(self.time_relaxation.bias, math.log(2))
 
 
 class ContentFreeGate(ParallelCfC):
@@ -136,13 +148,20 @@ class Variant(LiquidBlock):
 class WithoutFeedForward(LiquidBlock):
     """Two residual steps; the parameters go into the liquid layer, whose hidden features are `ratio` times as wide."""
 
-    def __init__(self, channels: int, condition_channels: int, ratio: float) -> None:
-        super().__init__(channels, condition_channels, 1)
+    def __init__(
+        self,
+        channels: int,
+        condition_channels: int,
+        ratio: float,
+        gate: Gate = "liquid",
+        relaxation: Relaxation = "liquid",
+    ) -> None:
+        super().__init__(channels, condition_channels, 1, gate, relaxation)
         del self.feed_forward
         hidden = _STEP * max(1, round(ratio * channels / _STEP))
         self.modulation = nn.Linear(condition_channels, 6 * channels)
         self.cfc.backbone = nn.Conv2d(channels, hidden, 1)
-        self.cfc.heads = nn.Conv2d(hidden, 3 * channels, 1)
+        self.cfc.heads = nn.Conv2d(hidden, self.cfc.heads.out_channels, 1)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         m = self.modulation(condition)[:, :, None, None].chunk(6, dim=1)  # 6 x (B, C, 1, 1)
@@ -253,6 +272,7 @@ ABLATIONS = {
     "gate content-free": Ablation("a gate of time alone", _with_liquid(ContentFreeGate)),
     "relaxation none": Ablation("no relaxation", _switched("liquid", "none")),
     "relaxation mean": Ablation("the seed's relaxation", _with_liquid(MeanRelaxation)),
+    "relaxation early": Ablation("alpha starts at a half, not at 0.05", _with_liquid(EarlyRelaxation)),
     "plain": Ablation("neither gate nor relaxation", _switched("none", "none")),
     "plain, smaller": Ablation("neither, parameters not spent", _switched("none", "none"), equal=False),
     "swiglu": Ablation("SwiGLU in the liquid layer's place", _with_liquid(lambda c, _: SwiGLU(c))),
@@ -261,6 +281,9 @@ ABLATIONS = {
     ),
     "backbone 7x7": Ablation("depthwise 7x7 before the heads", _with_backbone(Depthwise7)),
     "no feed-forward": Ablation("its parameters in the liquid layer", WithoutFeedForward),
+    "no feed-forward, plain": Ablation(
+        "and neither gate nor relaxation", lambda c, t, ratio: WithoutFeedForward(c, t, ratio, "none", "none")
+    ),
     "one step": Ablation("liquid layer and spatial mix in one step", OneStep),
     "one step, deeper": Ablation("and more blocks for it", OneStep, depths=(1, 1, 2)),
     "mix grn": Ablation("response norm for the pooling gate", _with_mix(MixWithResponseNorm)),

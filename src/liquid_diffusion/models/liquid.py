@@ -99,7 +99,10 @@ class ParallelCfC(nn.Module):
             self.log_rate = nn.Parameter(torch.zeros(channels))
 
     def reset_parameters(self) -> None:
-        """Start at a = 1, b = 0 and alpha = 1/2, each with a small slope in time so that all of them can learn."""
+        """Start at a = 1, b = 0 and alpha = 0.05, each with a small slope in time so that all of them can learn.
+
+        A layer that starts with half of its state kept learns more slowly ("relaxation early" in docs/ablations.md).
+        """
         if self.gate == "liquid":
             nn.init.normal_(self.time_gate.weight, std=0.02)
             slope, offset = self.time_gate.bias.detach().chunk(2)
@@ -107,7 +110,7 @@ class ParallelCfC(nn.Module):
             offset.fill_(0)
         if self.relaxation == "liquid":
             nn.init.normal_(self.time_relaxation.weight, std=0.02)
-            nn.init.constant_(self.time_relaxation.bias, math.log(2))
+            nn.init.constant_(self.time_relaxation.bias, -math.log(0.05))
 
     def slope_and_offset(self, condition: Tensor) -> tuple[Tensor, Tensor]:
         """a and b of the gate for a condition (B, T): (B or 1, C, 1, 1) each."""
