@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from blocks import GlobalResponseNorm, in_our_frame
 from torch import Tensor, nn
 
+from liquid_diffusion.config import UNetConfig
 from liquid_diffusion.flow import TimeSampling
 from liquid_diffusion.models.depthwise import depthwise_conv7, merge_kernels
 from liquid_diffusion.models.layers import channel_norm
@@ -250,14 +251,14 @@ class Ablation:
         question: what it answers, in a few words for the table.
         block: made of (channels, condition_channels, ratio).
         times: the distribution of the training times.
-        depths: blocks of each stage; those of the preset where nothing is said.
+        shape: in place of the preset's; its parameters are not matched, but may not be 5 % off either.
         equal: whether its parameters are matched; else it has what it has, and the table tells.
     """
 
     question: str
     block: Callable[[int, int, float], nn.Module]
     times: TimeSampling = "logit-normal"
-    depths: tuple[int, ...] | None = None
+    shape: UNetConfig | None = None
     equal: bool = True
 
 
@@ -284,8 +285,11 @@ ABLATIONS = {
     "no feed-forward, plain": Ablation(
         "and neither gate nor relaxation", lambda c, t, ratio: WithoutFeedForward(c, t, ratio, "none", "none")
     ),
+    "no feed-forward, wide": Ablation(
+        "and a wider finest stage", WithoutFeedForward, shape=UNetConfig((96, 160, 160), (1, 1, 0), 3)
+    ),
     "one step": Ablation("liquid layer and spatial mix in one step", OneStep),
-    "one step, deeper": Ablation("and more blocks for it", OneStep, depths=(1, 1, 2)),
+    "one step, deeper": Ablation("and more blocks for it", OneStep, shape=UNetConfig((64, 128, 160), (1, 1, 2), 2)),
     "mix grn": Ablation("response norm for the pooling gate", _with_mix(MixWithResponseNorm)),
     "mix no gate": Ablation("no pooling gate", _with_mix(MixWithoutGate)),
     "no adaln-zero": Ablation("residual steps without output gates", WithoutOutputGates),
@@ -295,15 +299,16 @@ ABLATIONS = {
 
 def ablated(name: str, size: str, channels: int, num_classes: int) -> LiquidUNet:
     """The variant called `name` in the shape of a preset, with its parameters matched by the feed-forward's width."""
-    shape, ablation = preset(size), ABLATIONS[name]
+    ablation = ABLATIONS[name]
+    shape = ablation.shape or preset(size)
 
     def build(ratio: float) -> LiquidUNet:
         def block(width: int, condition_channels: int) -> nn.Module:
             return ablation.block(width, condition_channels, ratio)
 
-        return in_our_frame(block, channels, num_classes, shape.widths, ablation.depths or shape.depths)
+        return in_our_frame(block, channels, num_classes, shape.widths, shape.depths)
 
-    if not ablation.equal or name == "liquid":
+    if not ablation.equal or ablation.shape or name == "liquid":
         return build(shape.ratio)
     with torch.device("meta"):
         wanted = LiquidUNet.from_preset(size, channels, num_classes).num_parameters()
