@@ -286,7 +286,7 @@ ABLATIONS = {
         "and neither gate nor relaxation", lambda c, t, ratio: WithoutFeedForward(c, t, ratio, "none", "none")
     ),
     "no feed-forward, wide": Ablation(
-        "and a wider finest stage", WithoutFeedForward, shape=UNetConfig((96, 160, 160), (1, 1, 0), 3)
+        "and a wider finest stage", WithoutFeedForward, shape=UNetConfig((96, 128, 128), (1, 1, 1), 2)
     ),
     "one step": Ablation("liquid layer and spatial mix in one step", OneStep),
     "one step, deeper": Ablation("and more blocks for it", OneStep, shape=UNetConfig((64, 128, 160), (1, 1, 2), 2)),
