@@ -139,7 +139,7 @@ def tuning_table(rows: list[Row]) -> str:
         best = min(found, key=lambda lr: found[lr])
         cells = [f"**{found[lr]:.3f}**" if lr == best else f"{found[lr]:.3f}" if lr in found else "" for lr in rates]
         lines.append([model, *cells])
-    return markdown(["model", *rates], lines)
+    return f"{_setting(final[0])}:\n\n{markdown(['model', *rates], lines)}"
 
 
 def causal_table(rows: list[Row]) -> str:
@@ -214,7 +214,9 @@ def draw_quality() -> None:
     from ablations import ABLATIONS
 
     rows = read_rows(QUALITY)
-    peers = [row for row in rows if row["model"] not in ABLATIONS or row["model"] in ("liquid", "plain")]
+    candidates = {name for name, ablation in ABLATIONS.items() if ablation.shape}  # for the preset
+    beside = {"liquid", "plain", *candidates}
+    peers = [row for row in rows if row["model"] not in ABLATIONS or row["model"] in beside]
     variants = [row for row in rows if row["model"] in ABLATIONS]
     questions = {name: ablation.question for name, ablation in ABLATIONS.items()}
     tables = {"learning rates": tuning_table(rows), "ablations": comparison_tables(variants, "liquid", questions)}

@@ -47,7 +47,8 @@ def test_tables_hold_what_the_rows_say() -> None:
     tuning = tuning_table(
         rows("a", 0.1, split="tune", lr="0.002", loss="0.4") + rows("a", 0.2, split="tune", lr="0.0005", loss="0.3")
     )
-    assert tuning.splitlines()[0] == "| model | 0.0005 | 0.002 |"
+    assert tuning.splitlines()[0].startswith("480 s each, 32 px")
+    assert tuning.splitlines()[2] == "| model | 0.0005 | 0.002 |"
     assert tuning.splitlines()[-1] == "| a | **0.300** | 0.400 |"
 
 
