@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -146,18 +147,11 @@ class Variant(LiquidBlock):
         self.feed_forward = feed_forward(channels, ratio)
 
 
-class WithoutFeedForward(LiquidBlock):
+class WithoutFeedForward(Variant):
     """Two residual steps; the parameters go into the liquid layer, whose hidden features are `ratio` times as wide."""
 
-    def __init__(
-        self,
-        channels: int,
-        condition_channels: int,
-        ratio: float,
-        gate: Gate = "liquid",
-        relaxation: Relaxation = "liquid",
-    ) -> None:
-        super().__init__(channels, condition_channels, 1, gate, relaxation)
+    def __init__(self, channels: int, condition_channels: int, ratio: float, *switches: Any) -> None:
+        super().__init__(channels, condition_channels, 1, *switches)
         del self.feed_forward
         hidden = _STEP * max(1, round(ratio * channels / _STEP))
         self.modulation = nn.Linear(condition_channels, 6 * channels)
