@@ -90,9 +90,11 @@ def test_blocks_equal_a_transcription_of_their_papers(kind: type[DiCoBlock | FCD
 
 @pytest.mark.parametrize("name", ["DiCo block", "FCDM block", *(n for n in ABLATIONS if n != "no adaln-zero")])
 def test_a_new_block_is_the_identity(name: str) -> None:
-    block = next(next(build(name, "nano", 12, 9, 8).encoder.children()).children())  # type: ignore[union-attr, operator]
-    x = torch.randn(2, 64, 8, 8)
-    torch.testing.assert_close(block(x, torch.randn(2, 256)), x, atol=0, rtol=0)
+    model = build(name, "nano", 12, 9, 8)
+    block = next(next(model.encoder.children()).children())  # type: ignore[union-attr, operator]
+    width = model.config["widths"][0]  # type: ignore[index]
+    x = torch.randn(2, width, 8, 8)
+    torch.testing.assert_close(block(x, torch.randn(2, 4 * width)), x, atol=0, rtol=0)
 
 
 def test_the_seed_s_relaxation_is_the_mean_of_the_embedding() -> None:
