@@ -1,7 +1,7 @@
 """Is the time in the liquid layers of a trained model used? Disturb it there alone, and measure what breaks.
 
     python benchmarks/causal.py                      # the model that comes with the package
-    python benchmarks/causal.py runs/quickstart --n 300 --steps 4 8 25 50 100
+    python benchmarks/causal.py runs/quickstart --n 1000 --steps 4 8 25 50 100
 
 Interventions, each in the liquid layers alone; adaLN gets the true time always:
   none               the model as it is
@@ -123,7 +123,7 @@ def held_out(run: str, size: int) -> PictureDataset:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", help="run folder (default: the packaged model)")
-    parser.add_argument("--n", type=int, default=1000, help="samples of each figure")
+    parser.add_argument("--n", type=int, default=300, help="samples of each figure")
     parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS), help="of Euler's solver")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

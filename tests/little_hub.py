@@ -272,8 +272,8 @@ class _Handler(BaseHTTPRequestHandler):
             if fault.cut is not None and fault.cut < len(body):
                 body = body[: fault.cut]
                 self.close_connection = True
+            entry.sent = len(body)  # before: who asked may look at once
             self.wfile.write(body)
-            entry.sent = len(body)
             if self.close_connection:
                 self.wfile.flush()
                 self.connection.shutdown(socket.SHUT_RDWR)

@@ -130,7 +130,9 @@ def test_steps_lead_where_the_call_does() -> None:
     torch.testing.assert_close(steps[0].x, noise + (steps[0].x0 - noise) / 4)
 
 
-def test_callback_changes_the_state_and_stops() -> None:
+def test_callback_changes_the_state_and_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    # in bfloat16 a schedule of one time and one of four may round a velocity differently
+    monkeypatch.setattr("liquid_diffusion.compile.fastest_dtype", lambda device: torch.float32)
     pipeline = make()
     full = pipeline(1, num_inference_steps=4, generator=seeded_generators(0, 1), output_type="latent").images
     states: list[torch.Tensor] = []
