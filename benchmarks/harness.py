@@ -23,7 +23,7 @@ from liquid_diffusion.training.learning_rate import learning_rate_factor
 
 _RUN = TrainConfig()  # whose defaults all models are trained with
 _BATCH = 64
-_WARM_UP = 25  # steps; the trainer's 100 would be a third of what the slowest peers get in some minutes
+_WARM_UP = 25  # steps; the trainer's 100 would be a quarter of what the slowest peer gets in ten minutes
 _FIT_PICTURES = 256
 
 

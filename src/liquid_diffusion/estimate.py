@@ -19,6 +19,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from liquid_diffusion.config import EstimateConfig, RunConfig, UserError
 from liquid_diffusion.flow import flow_loss
 from liquid_diffusion.models.unet import LiquidUNet
+from liquid_diffusion.presets import FACTORS
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Of a card's memory, what the CUDA context, the libraries' workspaces and the allocator's gaps leave for tensors.
@@ -94,7 +95,7 @@ def _autoencoder_on_fakes(encoding: bool, batch: int, side: int, bf16: bool) -> 
 @functools.lru_cache
 def _moments(config: EstimateConfig) -> tuple[int, list[dict[str, int]]]:
     """Parameters of the model, and what is held when it may be most: in a step, drawing a grid, encoding a batch."""
-    factor, channels = (2, 12) if config.codec == "pixels" else (8, 4)
+    factor, channels = FACTORS[config.codec], 12 if config.codec == "pixels" else 4
     multiple = 4 * factor
     if config.image_size % multiple:
         raise UserError(f"image_size {config.image_size} can't be divided by {multiple}.")

@@ -9,6 +9,7 @@ from typing import Any
 
 from liquid_diffusion.config import EncodeConfig, RunConfig, TrainConfig, UNetConfig, UserError
 
+FACTORS = {"pixels": 2, "sd-vae": 8}  # pixels a side for one latent, of the codecs known by name before they are made
 _DOWNSCALE = 4  # of every preset: each of its stages but the last one halves height and width
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from liquid_diffusion.config import ShowConfig, TrainConfig, UserError
 from liquid_diffusion.data.registry import describe, find_facts
-from liquid_diffusion.presets import check_size, resolve
+from liquid_diffusion.presets import FACTORS, check_size, resolve
 
 if TYPE_CHECKING:  # the table of data sets comes at once
     from torch import Tensor
@@ -18,7 +18,6 @@ _COLUMNS = 8
 _ROWS = 4  # where there are no classes
 _MOST_CLASSES = 10
 _LOOKED_AT = 400  # pictures in which each class is looked for
-_FACTORS = {"pixels": 2, "sd-vae": 8}  # of the codecs that a training takes where none is said
 _GREY = 176
 
 
@@ -57,7 +56,7 @@ def show(source: str, config: ShowConfig) -> str:
     from liquid_diffusion.grid import draw_grid
 
     run = resolve(TrainConfig(**{**asdict(config), "data": source, "val_fraction": 0.0}), "cpu")
-    multiple = check_size(run.image_size, run.codec, _FACTORS[run.codec]) if run.buckets else 1
+    multiple = check_size(run.image_size, run.codec, FACTORS[run.codec]) if run.buckets else 1
     feed, held_out = open_pictures(run, multiple)
     classes = feed.label_names[:_MOST_CLASSES]
     rows: list[list[Tensor]] = [[] for _ in classes or range(_ROWS)]

@@ -101,7 +101,7 @@ class ParallelCfC(nn.Module):
     def reset_parameters(self) -> None:
         """Start at a = 1, b = 0 and alpha = 0.05, each with a small slope in time so that all of them can learn.
 
-        A layer that starts with half of its state kept learns more slowly ("relaxation early" in docs/ablations.md).
+        Layers that started with half of their state kept learnt more slowly ("relaxation early" in docs/ablations.md).
         """
         if self.gate == "liquid":
             nn.init.normal_(self.time_gate.weight, std=0.02)
