@@ -1,7 +1,7 @@
 """Variants of the liquid block, by name: each changes one thing of the block that the presets ship.
 
-Where a variant has fewer or more parameters, its feed-forward is made wider or narrower until the model has as many as
-ours within 5 %, so that a comparison tells of the change and not of the size.
+Where a variant has fewer or more parameters, its hidden features are made wider or narrower until the model has as many
+as ours within 5 %, so that a comparison tells of the change and not of the size.
 
 Shapes: B batch, C channels, H W height and width, T width of the condition.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,17 +36,39 @@ from liquid_diffusion.presets import preset
 _STEP = 32  # channels; a CPU computes slices of other sizes several times slower
 
 
-def feed_forward(channels: int, ratio: float) -> nn.Sequential:
-    """1x1 -> GELU -> 1x1, about `ratio` times as wide inside, in steps of 32 channels."""
-    inner = _STEP * max(1, round(ratio * channels / _STEP))
-    return nn.Sequential(nn.Conv2d(channels, inner, 1), nn.GELU(), nn.Conv2d(inner, channels, 1))
+def hidden_width(channels: int, ratio: float) -> int:
+    """About `ratio` times as wide, in steps of 32 channels."""
+    return _STEP * max(1, round(ratio * channels / _STEP))
 
 
-class MeanRelaxation(ParallelCfC):
+def mlp(channels: int, ratio: float) -> nn.Sequential:
+    """1x1 -> SiLU -> 1x1."""
+    hidden = hidden_width(channels, ratio)
+    return nn.Sequential(nn.Conv2d(channels, hidden, 1), nn.SiLU(), nn.Conv2d(hidden, channels, 1))
+
+
+class AnyWidth(ParallelCfC):
+    """The liquid layer with hidden features of any width."""
+
+    def __init__(
+        self,
+        channels: int,
+        condition_channels: int,
+        ratio: float,
+        gate: Gate = "liquid",
+        relaxation: Relaxation = "liquid",
+    ) -> None:
+        super().__init__(channels, condition_channels, 1, gate, relaxation)
+        hidden = hidden_width(channels, ratio)
+        self.backbone = nn.Conv2d(channels, hidden, 1)
+        self.heads = nn.Conv2d(hidden, self.heads.out_channels, 1)
+
+
+class MeanRelaxation(AnyWidth):
     """The seed's form, ``alpha = exp(-lambda |mean(t_emb)|)``: one number for all channels, about 1 at the start."""
 
-    def __init__(self, channels: int, condition_channels: int) -> None:
-        super().__init__(channels, condition_channels, "liquid", "liquid")
+    def __init__(self, channels: int, condition_channels: int, ratio: float) -> None:
+        super().__init__(channels, condition_channels, ratio)
         del self.time_relaxation
 
     def reset_parameters(self) -> None:
@@ -59,22 +80,19 @@ class MeanRelaxation(ParallelCfC):
         return torch.exp(-self.log_rate.float().exp() * condition.float().mean(1, keepdim=True).abs())  # (B, C)
 
 
-class EarlyRelaxation(ParallelCfC):
+class EarlyRelaxation(AnyWidth):
     """Relaxation that starts at alpha = 1/2."""
-
-    def __init__(self, channels: int, condition_channels: int) -> None:
-        super().__init__(channels, condition_channels, "liquid", "liquid")
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
         nn.init.constant_(self.time_relaxation.bias, math.log(2))
 
 
-class ContentFreeGate(ParallelCfC):
+class ContentFreeGate(AnyWidth):
     """A gate that knows the time alone: ``sigmoid(-b(t))``, the same for all pixels."""
 
-    def __init__(self, channels: int, condition_channels: int) -> None:
-        super().__init__(channels, condition_channels, "none", "liquid")
+    def __init__(self, channels: int, condition_channels: int, ratio: float) -> None:
+        super().__init__(channels, condition_channels, ratio, "none")
         self.offset = nn.Linear(condition_channels, channels)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
@@ -84,17 +102,29 @@ class ContentFreeGate(ParallelCfC):
         return liquid_relaxation(x, torch.lerp(h, g, gate), alpha)
 
 
-class SwiGLU(nn.Module):
-    """``W (silu(U x) * V x)`` (Shazeer, arXiv 2002.05202) where the liquid layer was, of the width of its heads."""
+class WithoutCondition(nn.Module):
+    """A layer in the place of the liquid one that hears of the time only by the modulation of its input."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.widen = nn.Conv2d(channels, 2 * channels, 1)
-        self.narrow = nn.Conv2d(channels, channels, 1)
+        self.layer = layer
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        del condition  # it has modulated x
-        a, b = self.widen(x).chunk(2, dim=1)  # (B, C, H, W) each
+        del condition
+        return self.layer(x)
+
+
+class SwiGLU(nn.Module):
+    """``W (silu(U x) * V x)`` (Shazeer, arXiv 2002.05202)."""
+
+    def __init__(self, channels: int, ratio: float) -> None:
+        super().__init__()
+        hidden = hidden_width(channels, ratio)
+        self.widen = nn.Conv2d(channels, 2 * hidden, 1)
+        self.narrow = nn.Conv2d(hidden, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.widen(x).chunk(2, dim=1)  # (B, ratio C, H, W) each
         return self.narrow(F.silu(a) * b)
 
 
@@ -133,35 +163,27 @@ class MixWithoutGate(MultiScaleSpatialMix):
 
 
 class Variant(LiquidBlock):
-    """Our block, with a feed-forward of any width."""
+    """Our block with any layer in the place of the liquid one, called as layer(x, condition)."""
 
-    def __init__(
-        self,
-        channels: int,
-        condition_channels: int,
-        ratio: float,
-        gate: Gate = "liquid",
-        relaxation: Relaxation = "liquid",
-    ) -> None:
-        super().__init__(channels, condition_channels, 1, gate, relaxation)
-        self.feed_forward = feed_forward(channels, ratio)
+    def __init__(self, channels: int, condition_channels: int, layer: nn.Module) -> None:
+        super().__init__(channels, condition_channels, 1)
+        self.cfc = layer
 
 
-class WithoutFeedForward(Variant):
-    """Two residual steps; the parameters go into the liquid layer, whose hidden features are `ratio` times as wide."""
+class WithFeedForward(Variant):
+    """Three residual steps: hidden features as wide as the input, and a feed-forward of any width at the end."""
 
-    def __init__(self, channels: int, condition_channels: int, ratio: float, *switches: Any) -> None:
-        super().__init__(channels, condition_channels, 1, *switches)
-        del self.feed_forward
-        hidden = _STEP * max(1, round(ratio * channels / _STEP))
-        self.modulation = nn.Linear(condition_channels, 6 * channels)
-        self.cfc.backbone = nn.Conv2d(channels, hidden, 1)
-        self.cfc.heads = nn.Conv2d(hidden, self.cfc.heads.out_channels, 1)
+    def __init__(self, channels: int, condition_channels: int, ratio: float) -> None:
+        super().__init__(channels, condition_channels, AnyWidth(channels, condition_channels, 1))
+        hidden = hidden_width(channels, ratio)
+        self.modulation = nn.Linear(condition_channels, 9 * channels)
+        self.feed_forward = nn.Sequential(nn.Conv2d(channels, hidden, 1), nn.GELU(), nn.Conv2d(hidden, channels, 1))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        m = self.modulation(condition)[:, :, None, None].chunk(6, dim=1)  # 6 x (B, C, 1, 1)
+        m = self.modulation(condition)[:, :, None, None].chunk(9, dim=1)  # 9 x (B, C, 1, 1)
         x = torch.addcmul(x, m[2], self.cfc(modulate(channel_norm(x), m[0], m[1]), condition))
-        return torch.addcmul(x, m[5], self.mix(modulate(channel_norm(x), m[3], m[4])))
+        x = torch.addcmul(x, m[5], self.mix(modulate(channel_norm(x), m[3], m[4])))
+        return torch.addcmul(x, m[8], self.feed_forward(modulate(channel_norm(x), m[6], m[7])))
 
 
 class PoolingGate(nn.Module):
@@ -175,64 +197,67 @@ class PoolingGate(nn.Module):
         return x * torch.sigmoid(self.linear(x.mean((2, 3))))[:, :, None, None]
 
 
-class OneStep(LiquidBlock):
-    """Liquid layer and spatial mix in one residual step: the hidden features of the heads look around. Two steps."""
+class OneStep(Variant):
+    """Liquid layer and spatial mix in one residual step: the hidden features of the heads look around."""
 
     def __init__(self, channels: int, condition_channels: int, ratio: float) -> None:
-        super().__init__(channels, condition_channels, 1)
+        layer = AnyWidth(channels, condition_channels, ratio)
+        hidden = hidden_width(channels, ratio)
+        layer.backbone = nn.Sequential(layer.backbone, Depthwise7(hidden))
+        layer.heads = nn.Sequential(PoolingGate(hidden), layer.heads)
+        super().__init__(channels, condition_channels, layer)
         del self.mix
-        self.feed_forward = feed_forward(channels, ratio)
-        self.modulation = nn.Linear(condition_channels, 6 * channels)
-        self.cfc.backbone = nn.Sequential(self.cfc.backbone, Depthwise7(channels))
-        self.cfc.heads = nn.Sequential(PoolingGate(channels), self.cfc.heads)
+        self.modulation = nn.Linear(condition_channels, 3 * channels)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        m = self.modulation(condition)[:, :, None, None].chunk(6, dim=1)  # 6 x (B, C, 1, 1)
-        x = torch.addcmul(x, m[2], self.cfc(modulate(channel_norm(x), m[0], m[1]), condition))
-        return torch.addcmul(x, m[5], self.feed_forward(modulate(channel_norm(x), m[3], m[4])))
+        m = self.modulation(condition)[:, :, None, None].chunk(3, dim=1)  # 3 x (B, C, 1, 1)
+        return torch.addcmul(x, m[2], self.cfc(modulate(channel_norm(x), m[0], m[1]), condition))
 
 
 class WithoutOutputGates(Variant):
     """``x <- x + part(modulate(norm(x)))``: no adaLN-zero, so that a new block is not the identity."""
 
     def __init__(self, channels: int, condition_channels: int, ratio: float) -> None:
-        super().__init__(channels, condition_channels, ratio)
-        self.modulation = nn.Linear(condition_channels, 6 * channels)
+        super().__init__(channels, condition_channels, AnyWidth(channels, condition_channels, ratio))
+        self.modulation = nn.Linear(condition_channels, 4 * channels)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        m = self.modulation(condition)[:, :, None, None].chunk(6, dim=1)  # 6 x (B, C, 1, 1)
+        m = self.modulation(condition)[:, :, None, None].chunk(4, dim=1)  # 4 x (B, C, 1, 1)
         x = x + self.cfc(modulate(channel_norm(x), m[0], m[1]), condition)
-        x = x + self.mix(modulate(channel_norm(x), m[2], m[3]))
-        return x + self.feed_forward(modulate(channel_norm(x), m[4], m[5]))
+        return x + self.mix(modulate(channel_norm(x), m[2], m[3]))
 
 
-def _with_liquid(make: Callable[[int, int], nn.Module]) -> Callable[[int, int, float], nn.Module]:
-    """Our block with another layer in the place of the liquid one."""
+Block = Callable[[int, int, float], nn.Module]  # made of (channels, condition_channels, ratio)
 
+
+def _with_liquid(make: Callable[[int, int, float], nn.Module]) -> Block:
+    return lambda channels, t, ratio: Variant(channels, t, make(channels, t, ratio))
+
+
+def _switched(gate: Gate, relaxation: Relaxation) -> Block:
+    return _with_liquid(lambda channels, t, ratio: AnyWidth(channels, t, ratio, gate, relaxation))
+
+
+def _without_condition(make: Callable[[int, float], nn.Module]) -> Block:
+    return _with_liquid(lambda channels, _, ratio: WithoutCondition(make(channels, ratio)))
+
+
+def _with_mix(make: Callable[[int], nn.Module]) -> Block:
     def block(channels: int, condition_channels: int, ratio: float) -> nn.Module:
-        variant = Variant(channels, condition_channels, ratio)
-        variant.cfc = make(channels, condition_channels)
-        return variant
-
-    return block
-
-
-def _with_mix(make: Callable[[int], nn.Module]) -> Callable[[int, int, float], nn.Module]:
-    def block(channels: int, condition_channels: int, ratio: float) -> nn.Module:
-        variant = Variant(channels, condition_channels, ratio)
+        variant = Variant(channels, condition_channels, AnyWidth(channels, condition_channels, ratio))
         variant.mix = make(channels)
         return variant
 
     return block
 
 
-def _with_backbone(make: Callable[[int], nn.Module]) -> Callable[[int, int, float], nn.Module]:
+def _with_backbone(make: Callable[[int], nn.Module]) -> Block:
     """A depthwise convolution in front of the 1x1 that makes the hidden features of the liquid layer."""
 
     def block(channels: int, condition_channels: int, ratio: float) -> nn.Module:
-        variant = Variant(channels, condition_channels, ratio)
-        variant.cfc.backbone = nn.Sequential(make(channels), variant.cfc.backbone)
-        return variant
+        layer = AnyWidth(channels, condition_channels, ratio)
+        layer.backbone = nn.Sequential(make(channels), layer.backbone)
+        return Variant(channels, condition_channels, layer)
 
     return block
 
@@ -250,49 +275,41 @@ class Ablation:
     """
 
     question: str
-    block: Callable[[int, int, float], nn.Module]
+    block: Block
     times: TimeSampling = "logit-normal"
     shape: UNetConfig | None = None
     equal: bool = True
 
 
-def _switched(gate: Gate, relaxation: Relaxation) -> Callable[[int, int, float], nn.Module]:
-    return lambda c, t, ratio: Variant(c, t, ratio, gate, relaxation)
-
-
 ABLATIONS = {
-    "liquid": Ablation("the block as it ships", Variant),
+    "liquid": Ablation("the block as it ships", _switched("liquid", "liquid")),
     "gate static": Ablation("a gate without time", _switched("static", "liquid")),
     "gate none": Ablation("no gate: the mean of two heads", _switched("none", "liquid")),
     "gate content-free": Ablation("a gate of time alone", _with_liquid(ContentFreeGate)),
     "relaxation none": Ablation("no relaxation", _switched("liquid", "none")),
     "relaxation mean": Ablation("the seed's relaxation", _with_liquid(MeanRelaxation)),
     "relaxation early": Ablation("alpha starts at a half, not at 0.05", _with_liquid(EarlyRelaxation)),
-    "plain": Ablation("neither gate nor relaxation", _switched("none", "none")),
-    "plain, smaller": Ablation("neither, parameters not spent", _switched("none", "none"), equal=False),
-    "swiglu": Ablation("SwiGLU in the liquid layer's place", _with_liquid(lambda c, _: SwiGLU(c))),
+    "plain": Ablation("neither gate nor relaxation: 1x1, SiLU, 1x1", _without_condition(mlp)),
+    "plain, smaller": Ablation("the same, parameters not spent", _without_condition(mlp), equal=False),
+    "swiglu": Ablation("SwiGLU in the liquid layer's place", _without_condition(SwiGLU)),
     "backbone 3x3": Ablation(
         "depthwise 3x3 before the heads", _with_backbone(lambda c: nn.Conv2d(c, c, 3, padding=1, groups=c))
     ),
     "backbone 7x7": Ablation("depthwise 7x7 before the heads", _with_backbone(Depthwise7)),
-    "no feed-forward": Ablation("its parameters in the liquid layer", WithoutFeedForward),
-    "no feed-forward, plain": Ablation(
-        "and neither gate nor relaxation", lambda c, t, ratio: WithoutFeedForward(c, t, ratio, "none", "none")
+    "narrow": Ablation(
+        "a finest stage of 64 channels", _switched("liquid", "liquid"), shape=UNetConfig((64, 128, 160), (1, 1, 1), 3)
     ),
-    "no feed-forward, wide": Ablation(
-        "and a wider finest stage", WithoutFeedForward, shape=UNetConfig((96, 128, 128), (1, 1, 1), 2)
-    ),
+    "feed-forward": Ablation("a step of its own for the wide features", WithFeedForward),
     "one step": Ablation("liquid layer and spatial mix in one step", OneStep),
-    "one step, deeper": Ablation("and more blocks for it", OneStep, shape=UNetConfig((64, 128, 160), (1, 1, 2), 2)),
     "mix grn": Ablation("response norm for the pooling gate", _with_mix(MixWithResponseNorm)),
     "mix no gate": Ablation("no pooling gate", _with_mix(MixWithoutGate)),
     "no adaln-zero": Ablation("residual steps without output gates", WithoutOutputGates),
-    "times uniform": Ablation("training times uniform", Variant, times="uniform"),
+    "times uniform": Ablation("training times uniform", _switched("liquid", "liquid"), times="uniform"),
 }
 
 
 def ablated(name: str, size: str, channels: int, num_classes: int) -> LiquidUNet:
-    """The variant called `name` in the shape of a preset, with its parameters matched by the feed-forward's width."""
+    """The variant called `name` in the shape of a preset, its parameters matched by its hidden features."""
     ablation = ABLATIONS[name]
     shape = ablation.shape or preset(size)
 

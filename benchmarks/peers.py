@@ -82,16 +82,15 @@ class EagerBlock(nn.Module):
 
     def __init__(self, channels: int, condition_channels: int, ratio: int) -> None:
         super().__init__()
-        self.modulation = nn.Linear(condition_channels, 9 * channels)
-        self.backbone = nn.Conv2d(channels, channels, 1)
-        self.heads = nn.Conv2d(channels, 3 * channels, 1)
+        self.modulation = nn.Linear(condition_channels, 6 * channels)
+        self.backbone = nn.Conv2d(channels, ratio * channels, 1)
+        self.heads = nn.Conv2d(ratio * channels, 3 * channels, 1)
         self.time_gate = nn.Linear(condition_channels, 2 * channels)
         self.time_relaxation = nn.Linear(condition_channels, channels)
         self.log_rate = nn.Parameter(torch.zeros(channels))
         self.depthwise = nn.ModuleList(nn.Conv2d(channels, channels, k, 1, k // 2, groups=channels) for k in (3, 5, 7))
         self.pool_gate = nn.Linear(channels, channels)
         self.project = nn.Conv2d(channels, channels, 1)
-        self.widen, self.narrow = nn.Conv2d(channels, ratio * channels, 1), nn.Conv2d(ratio * channels, channels, 1)
 
     @staticmethod
     def normalise(x: Tensor) -> Tensor:
@@ -99,7 +98,7 @@ class EagerBlock(nn.Module):
         return (x - mean) / torch.sqrt((x - mean).square().mean(1, keepdim=True) + 1e-6)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        m = self.modulation(condition)[:, :, None, None].chunk(9, 1)
+        m = self.modulation(condition)[:, :, None, None].chunk(6, 1)
         u = self.normalise(x) * (1 + m[0]) + m[1]
         f, g, h = self.heads(F.silu(self.backbone(u))).chunk(3, 1)
         a, b = self.time_gate(condition)[:, :, None, None].chunk(2, 1)
@@ -111,9 +110,7 @@ class EagerBlock(nn.Module):
         mixed = (
             sum(layer(u) for layer in self.depthwise) * torch.sigmoid(self.pool_gate(u.mean((2, 3))))[..., None, None]
         )
-        x = x + m[5] * self.project(mixed)
-        u = self.normalise(x) * (1 + m[6]) + m[7]
-        return x + m[8] * self.narrow(F.gelu(self.widen(u)))
+        return x + m[5] * self.project(mixed)
 
 
 class EagerLiquidUNet(nn.Module):

@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # of a bundled pipeline the model's classes are in another fi
 # picture of tiny took 15 % less time in parts of two than in a batch of eight; at 64 x 64 and below nothing changed.
 _CACHE_BYTES = 4 * 2**20
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "swish": F.silu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"swish": F.silu}
 
 
 def _modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ class _FoldedBlock:
 
     def __init__(self, block: LiquidBlock, conditions: Tensor, dtype: torch.dtype) -> None:
         cfc, mix = block.cfc, block.mix
-        m = block.modulation(conditions).float().chunk(9, dim=1)  # 9 x (R, C)
+        m = block.modulation(conditions).float().chunk(6, dim=1)  # 6 x (R, C)
         alpha = cfc.alpha(conditions) if cfc.relaxation == "liquid" else torch.zeros_like(m[2])
         keep, take = m[2] * alpha, m[2] * (1 - alpha)
         weight, bias = cfc.heads.weight, cfc.heads.bias
@@ -142,7 +142,7 @@ class _FoldedBlock:
         else:
             weight, bias = torch.stack(weight.chunk(2)).mean(0), torch.stack(bias.chunk(2)).mean(0)
             scale, shift = take, torch.zeros_like(take)
-        rows = [1 + m[0], m[1], keep, take, 1 + m[3], m[4], m[5], 1 + m[6], m[7], m[8], scale, shift]
+        rows = [1 + m[0], m[1], keep, take, scale, shift, 1 + m[3], m[4], m[5]]
         self.table = torch.cat(rows, 1).to(dtype)[..., None, None]  # (R, sum of the widths, 1, 1)
         self.widths = [part.shape[1] for part in rows]
         self.backbone = _Convolution.of(cfc.backbone, dtype, "swish")
@@ -152,24 +152,17 @@ class _FoldedBlock:
         pool = mix.pool_gate
         self.pool_gate = _Convolution(pool.weight[:, :, None, None], pool.bias, dtype)
         self.project = _Convolution.of(mix.project, dtype)
-        widen, _, narrow = block.feed_forward
-        assert isinstance(widen, nn.Conv2d)
-        assert isinstance(narrow, nn.Conv2d)
-        self.widen, self.narrow = _Convolution.of(widen, dtype, "gelu"), _Convolution.of(narrow, dtype)
 
     def __call__(self, x: Tensor, rows: Tensor | slice) -> Tensor:
         """x (B, C, H, W), which is overwritten, and the rows of its pictures: (B,), or one row for all."""
-        v = self.table[rows].split(self.widths, dim=1)  # 12 x (B or 1, C or 3 C, 1, 1)
+        v = self.table[rows].split(self.widths, dim=1)  # 9 x (B or 1, C or 3 C, 1, 1)
         u = _modulated_norm(x, v[0], v[1])
         x.addcmul_(u, v[2])
-        self._add_gate(x, self.backbone(u), v[3], v[10], v[11])
+        self._add_gate(x, self.backbone(u), v[3], v[4], v[5])
 
-        u = _modulated_norm(x, v[4], v[5])
+        u = _modulated_norm(x, v[6], v[7])
         pooled = self.pool_gate(u.mean((2, 3), keepdim=True)).sigmoid_()
-        self.project.add_to(x, self.depthwise(u).mul_(pooled), v[6])
-
-        u = _modulated_norm(x, v[7], v[8])
-        self.narrow.add_to(x, self.widen(u), v[9])
+        self.project.add_to(x, self.depthwise(u).mul_(pooled), v[8])
         return x
 
     def _add_gate(self, x: Tensor, z: Tensor, take: Tensor, scale: Tensor, shift: Tensor) -> None:

@@ -15,7 +15,7 @@ _DOWNSCALE = 4  # of every preset: each of its stages but the last one halves he
 
 def nano() -> UNetConfig:
     """For a CPU, quick starts and the edge: at most 6 M parameters."""
-    return UNetConfig(widths=(64, 128, 160), depths=(1, 1, 1), ratio=3)
+    return UNetConfig(widths=(96, 128, 128), depths=(1, 1, 1), ratio=2)
 
 
 def tiny() -> UNetConfig:

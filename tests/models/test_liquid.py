@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
@@ -78,12 +76,7 @@ def transcription(weights: dict[str, Tensor], x: Tensor, condition: Tensor) -> T
     u = normalise(x) * (1 + m[3]) + m[4]
     mixed = sum(depthwise(u, weights[f"mix.kernel_{k}"]) for k in (3, 5, 7)) + weights["mix.bias"][None, :, None, None]
     pooled = sigmoid(linear(weights, "mix.pool_gate", u.mean((2, 3))))[:, :, None, None]
-    x = x + m[5] * pointwise(weights, "mix.project", mixed * pooled)
-
-    u = normalise(x) * (1 + m[6]) + m[7]
-    inner = pointwise(weights, "feed_forward.0", u)
-    inner = inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2)))
-    return x + m[8] * pointwise(weights, "feed_forward.2", inner)
+    return x + m[5] * pointwise(weights, "mix.project", mixed * pooled)
 
 
 def test_block_equals_the_formulas_in_float64() -> None:
@@ -133,7 +126,7 @@ def test_start_of_the_liquid_layer() -> None:
         assert abs(a.mean().item() - 1) < 0.05
         assert abs(b.mean().item()) < 0.05
         assert abs(layer.alpha(condition).mean().item() - 0.05) < 0.01
-        channels = layer.backbone.out_channels
+        channels = layer.backbone.in_channels
         _, g, h = layer.heads.weight.split(channels)
         assert (g - h).norm() > 0.5 * g.norm()
 
@@ -151,7 +144,7 @@ def test_liquid_parts_depend_on_the_condition(what: str) -> None:
 
 @pytest.mark.parametrize("gate", ["static", "none"])
 def test_switched_off_parts_do_not_depend_on_time(gate: str) -> None:
-    layer = ParallelCfC(C, T, gate, "none")  # type: ignore[arg-type]
+    layer = ParallelCfC(C, T, 1, gate, "none")  # type: ignore[arg-type]
     x = torch.randn(2, C, 8, 8)
     torch.testing.assert_close(layer(x, torch.randn(2, T)), layer(x, torch.randn(2, T)), atol=0, rtol=0)
 

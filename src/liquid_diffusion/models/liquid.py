@@ -78,17 +78,25 @@ class ParallelCfC(nn.Module):
     Args:
         channels: C.
         condition_channels: T.
+        ratio: width of the hidden features over C.
         gate: "liquid" has slope and offset that depend on the time, "static" learned constants, "none" replaces the
             gate by the mean of the two heads.
         relaxation: "liquid" or "none" (the output is the mixture alone).
     """
 
-    def __init__(self, channels: int, condition_channels: int, gate: Gate, relaxation: Relaxation) -> None:
+    def __init__(
+        self,
+        channels: int,
+        condition_channels: int,
+        ratio: int,
+        gate: Gate = "liquid",
+        relaxation: Relaxation = "liquid",
+    ) -> None:
         super().__init__()
         self.gate = gate
         self.relaxation = relaxation
-        self.backbone = nn.Conv2d(channels, channels, 1)
-        self.heads = nn.Conv2d(channels, (2 if gate == "none" else 3) * channels, 1)
+        self.backbone = nn.Conv2d(channels, ratio * channels, 1)
+        self.heads = nn.Conv2d(ratio * channels, (2 if gate == "none" else 3) * channels, 1)
         if gate == "liquid":
             self.time_gate = nn.Linear(condition_channels, 2 * channels)
         elif gate == "static":
@@ -124,7 +132,7 @@ class ParallelCfC(nn.Module):
         return relaxation_weight(self.log_rate.float().exp(), self.time_relaxation(condition))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        z = F.silu(self.backbone(x))  # (B, C, H, W)
+        z = F.silu(self.backbone(x))  # (B, ratio C, H, W)
         if self.gate == "none":
             g, h = self.heads(z).chunk(2, dim=1)  # (B, C, H, W) each
             out = (g + h) / 2
@@ -163,17 +171,8 @@ class MultiScaleSpatialMix(nn.Module):
         return self.project(x)
 
 
-class FeedForward(nn.Sequential):
-    """1x1 -> GELU -> 1x1, `ratio` times as wide inside."""
-
-    def __init__(self, channels: int, ratio: int) -> None:
-        inner = ratio * channels
-        # the exact GELU: on a CPU it takes half the time of the tanh approximation, forward and backward
-        super().__init__(nn.Conv2d(channels, inner, 1), nn.GELU(), nn.Conv2d(inner, channels, 1))
-
-
 class LiquidBlock(nn.Module):
-    """Three residual steps, liquid layer, spatial mix and feed-forward, each modulated by the condition.
+    """Two residual steps, liquid layer and spatial mix, each modulated by the condition.
 
     ``x <- x + c part(modulate(norm(x)))`` with scale, shift and output gate c linear in the condition; the output
     gates start at zero, so that a new block is the identity (adaLN-zero, arXiv 2212.09748).
@@ -181,7 +180,7 @@ class LiquidBlock(nn.Module):
     Args:
         channels: C.
         condition_channels: T.
-        ratio: width of the feed-forward over C.
+        ratio: width of the liquid layer's hidden features over C.
         gate, relaxation: see `ParallelCfC`.
     """
 
@@ -194,16 +193,13 @@ class LiquidBlock(nn.Module):
         relaxation: Relaxation = "liquid",
     ) -> None:
         super().__init__()
-        self.modulation = nn.Linear(condition_channels, 9 * channels)
-        self.cfc = ParallelCfC(channels, condition_channels, gate, relaxation)
+        self.modulation = nn.Linear(condition_channels, 6 * channels)
+        self.cfc = ParallelCfC(channels, condition_channels, ratio, gate, relaxation)
         self.mix = MultiScaleSpatialMix(channels)
-        self.feed_forward = FeedForward(channels, ratio)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        m = self.modulation(condition)[:, :, None, None].chunk(9, dim=1)  # 9 x (B, C, 1, 1)
+        m = self.modulation(condition)[:, :, None, None].chunk(6, dim=1)  # 6 x (B, C, 1, 1)
         y = self.cfc(modulate(channel_norm(x), m[0], m[1]), condition)  # (B, C, H, W)
         x = torch.addcmul(x, m[2], y)
         y = self.mix(modulate(channel_norm(x), m[3], m[4]))
-        x = torch.addcmul(x, m[5], y)
-        y = self.feed_forward(modulate(channel_norm(x), m[6], m[7]))
-        return torch.addcmul(x, m[8], y)
+        return torch.addcmul(x, m[5], y)

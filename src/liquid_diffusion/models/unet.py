@@ -28,7 +28,7 @@ class LiquidUNet(ModelMixin, ConfigMixin):
         num_classes: labels 0 to num_classes - 1; num_classes itself is the null label. 0 for an unconditional model.
         widths: channels of each stage, from the finest.
         depths: liquid blocks of each stage, in the encoder and again in the decoder.
-        ratio: width of the feed-forward over the channels.
+        ratio: width of the hidden features of the liquid layers over the channels.
         gate: "liquid", or for research "static" (no time in it) or "none" (plain mean of the heads).
         relaxation: "liquid", or for research "none".
 
