@@ -281,6 +281,8 @@ class Ablation:
     equal: bool = True
 
 
+_NARROW = UNetConfig((64, 128, 160), (1, 1, 1), 3)
+
 ABLATIONS = {
     "liquid": Ablation("the block as it ships", _switched("liquid", "liquid")),
     "gate static": Ablation("a gate without time", _switched("static", "liquid")),
@@ -296,10 +298,8 @@ ABLATIONS = {
         "depthwise 3x3 before the heads", _with_backbone(lambda c: nn.Conv2d(c, c, 3, padding=1, groups=c))
     ),
     "backbone 7x7": Ablation("depthwise 7x7 before the heads", _with_backbone(Depthwise7)),
-    "narrow": Ablation(
-        "a finest stage of 64 channels", _switched("liquid", "liquid"), shape=UNetConfig((64, 128, 160), (1, 1, 1), 3)
-    ),
-    "feed-forward": Ablation("a step of its own for the wide features", WithFeedForward),
+    "narrow": Ablation("a finest stage of 64 channels, not 96", _switched("liquid", "liquid"), shape=_NARROW),
+    "feed-forward": Ablation("and a step of its own for the wide features", WithFeedForward, shape=_NARROW),
     "one step": Ablation("liquid layer and spatial mix in one step", OneStep),
     "mix grn": Ablation("response norm for the pooling gate", _with_mix(MixWithResponseNorm)),
     "mix no gate": Ablation("no pooling gate", _with_mix(MixWithoutGate)),
@@ -321,7 +321,10 @@ def ablated(name: str, size: str, channels: int, num_classes: int) -> LiquidUNet
 
     if not ablation.equal or ablation.shape or name == "liquid":
         return build(shape.ratio)
+    few, many = 1.0, 9.0
     with torch.device("meta"):
         wanted = LiquidUNet.from_preset(size, channels, num_classes).num_parameters()
-        few, many = build(1).num_parameters(), build(9).num_parameters()
-    return build(1 + 8 * (wanted - few) / (many - few))  # but for rounding, parameters are linear in the ratio
+        while many - few > 0.05:  # a step of 32 channels is rarely finer
+            ratio = (few + many) / 2
+            few, many = (few, ratio) if build(ratio).num_parameters() > wanted else (ratio, many)
+    return build(few)

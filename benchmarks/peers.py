@@ -15,10 +15,10 @@ from liquid_diffusion.presets import preset
 
 # Chosen so that the parameters are those of our preset, within 5 % (`check_size` tells).
 _UNET_WIDTHS = {"nano": (64, 96, 128), "tiny": (96, 160, 288), "small": (160, 288, 512), "base": (224, 448, 736)}
-_UNET_WIDTHS_WITHOUT_ATTENTION = {"nano": (64, 64, 160), "tiny": (128, 160, 288)}
+_UNET_WIDTHS_WITHOUT_ATTENTION = {"nano": (32, 128, 128), "tiny": (128, 160, 288)}
 _DICO_SHAPES = {"nano": ((64, 128, 160), (1, 2, 3)), "tiny": ((96, 192, 256), (2, 3, 6))}  # widths, depths
-_FCDM_SHAPES = {"nano": ((64, 128, 224), (1, 2, 3)), "tiny": ((96, 192, 256), (3, 4, 10))}
-_DIT_SHAPES = {"nano": (6, 3, 72), "tiny": (7, 6, 66), "small": (12, 8, 67), "base": (15, 12, 60)}  # layers, heads
+_FCDM_SHAPES = {"nano": ((64, 160, 192), (1, 2, 3)), "tiny": ((96, 192, 256), (3, 4, 10))}
+_DIT_SHAPES = {"nano": (6, 4, 52), "tiny": (7, 6, 66), "small": (12, 8, 67), "base": (15, 12, 60)}  # layers, heads
 
 
 class Peer(nn.Module):

@@ -15,7 +15,7 @@ class UserError(ValueError):
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Shape of a `LiquidUNet`: channels and blocks of each stage, width of the feed-forward over the channels."""
+    """Shape of a `LiquidUNet`: channels and blocks of each stage, width of the hidden features over the channels."""
 
     widths: tuple[int, ...]
     depths: tuple[int, ...]

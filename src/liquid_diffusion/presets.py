@@ -19,7 +19,7 @@ def nano() -> UNetConfig:
 
 
 def tiny() -> UNetConfig:
-    """23 M parameters."""
+    """22 M parameters."""
     return UNetConfig(widths=(64, 128, 256), depths=(2, 2, 4))
 
 
@@ -29,7 +29,7 @@ def small() -> UNetConfig:
 
 
 def base() -> UNetConfig:
-    """154 M parameters."""
+    """155 M parameters."""
     return UNetConfig(widths=(128, 256, 512), depths=(2, 4, 8))
 
 

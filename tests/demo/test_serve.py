@@ -184,7 +184,7 @@ def test_what_a_run_tells_of_its_training(run: Path) -> None:
     with Image.open(run / "samples" / "step-000002.png") as grid:
         assert pictures[0][0].size == grid.size
     assert list(curve["step"]) == [1, 2]
-    assert "5.7 M parameters · 16 px · 9 classes · trained on emoji · 2 steps" in demo.head()
+    assert "5.5 M parameters · 16 px · 9 classes · trained on emoji · 2 steps" in demo.head()
 
 
 def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:

@@ -153,5 +153,6 @@ def test_a_new_block_is_the_identity() -> None:
     from liquid_diffusion.models.unet import LiquidUNet
 
     block = next(m for m in LiquidUNet.from_preset("nano").modules() if isinstance(m, LiquidBlock))
-    x = torch.randn(2, 64, 8, 8)
-    torch.testing.assert_close(block(x, torch.randn(2, 256)), x, atol=0, rtol=0)
+    x = torch.randn(2, block.cfc.backbone.in_channels, 8, 8)
+    condition = torch.randn(2, block.modulation.in_features)
+    torch.testing.assert_close(block(x, condition), x, atol=0, rtol=0)
