@@ -29,7 +29,10 @@ def in_our_frame(
         def make_block(self, channels: int, condition_channels: int) -> nn.Module:
             return block(channels, condition_channels)
 
-    return Framed(channels, num_classes, widths=widths, depths=depths)
+    model = Framed(channels, num_classes, widths=widths, depths=depths)
+    stages = (*model.encoder.children(), model.bottleneck, *model.decoder.children())
+    model._repeated_blocks = sorted({type(block).__name__ for stage in stages for block in stage.children()})
+    return model
 
 
 def zero_modulation(condition_channels: int, channels: int) -> nn.Linear:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from diffusers.training_utils import EMAModel
+from peers import compile_for_training
 from torch import Tensor, nn
 
 from liquid_diffusion.codecs import Codec
@@ -72,8 +73,9 @@ def predict(model: nn.Module, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
 class Training:
     """A model in training.
 
-    The learning rate rises in the first steps, and falls in the last part of the budget as a cosine, whatever the
-    budget is counted in. Steps before the first are not counted, nor is what happens while the caller has a `Point`.
+    It is compiled, as the trainer does. The learning rate rises in the first steps, and falls in the last part of the
+    budget as a cosine, whatever the budget is counted in. Steps before the first are not counted, nor is what happens
+    while the caller has a `Point`.
 
     Args:
         model: on its device, called as model(x, t, labels).
@@ -95,6 +97,7 @@ class Training:
         self.ema = EMAModel(model.parameters(), decay=_RUN.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.batches = iter(ShuffledBatches(len(dataset), _BATCH, seed))
+        compile_for_training(model)
 
     def _loss(self, generator: torch.Generator, keys: Sequence[tuple[int, int]]) -> Tensor:
         images, labels, _ = collate([self.dataset[key] for key in keys])
@@ -106,7 +109,7 @@ class Training:
         return flow_loss(predict(self.model, interpolate(x0, noise, t), t, labels), velocity(x0, noise))
 
     def _warm_up(self) -> None:
-        """Two steps without an update: kernels are chosen and memory is taken before the clock starts."""
+        """Two steps without an update: the model is compiled and memory is taken before the clock starts."""
         for _ in range(2):
             self._loss(torch.Generator(self.device).manual_seed(0), [(0, i) for i in range(_BATCH)]).backward()
             self.optimizer.zero_grad(set_to_none=True)
@@ -163,6 +166,7 @@ def fit_codec(codec: Codec, dataset: PictureDataset) -> Codec:
     return codec
 
 
+@torch.compiler.set_stance("force_eager")  # else it would be compiled again for evaluation
 @torch.no_grad()
 def held_out_loss(model: nn.Module, codec: Codec, dataset: PictureDataset) -> float:
     """The flow's loss on pictures that were not trained on, at four times each, uniform and stratified over [0, 1].
@@ -183,6 +187,7 @@ def held_out_loss(model: nn.Module, codec: Codec, dataset: PictureDataset) -> fl
     return total / count
 
 
+@torch.compiler.set_stance("force_eager")
 @torch.no_grad()
 def draw(model: nn.Module, codec: Codec, labels: Tensor, size: int, steps: int, solver: str = "heun") -> Tensor:
     """A picture (3, size, size) uint8 for each label, on the CPU, without guidance; picture i has the seed i."""

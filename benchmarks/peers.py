@@ -160,6 +160,14 @@ class EagerLiquidUNet(nn.Module):
         return self.head(F.silu(self.norm(x)))
 
 
+def compile_for_training(model: nn.Module) -> None:
+    """Our frame by its blocks, as the trainer does; other models whole, which gained them as much or more."""
+    if isinstance(model, LiquidUNet):
+        model.compile_repeated_blocks(fullgraph=True)
+    else:
+        model.compile()
+
+
 def check_size(peer: nn.Module, parameters: int) -> None:
     """A comparison is fair only at equal parameters.
 

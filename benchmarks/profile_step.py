@@ -1,5 +1,7 @@
 """Where the time of a training step goes, before and after: the eager transcription of our formulas, and the model.
 
+Not compiled, because the fused operators of a compiled model have no names that tell anything.
+
 python benchmarks/profile_step.py        # tiny, batch 8, 32 x 32 latents; to benchmarks/results/profile.csv
 """
 
@@ -39,8 +41,8 @@ def main() -> None:
     keep_freed_memory()
     steps = training_steps(build("tiny", 32, device), 8, 32, device)
     rows: list[list[str]] = []
-    for name in ("eager transcription", OURS):
-        found = operators(steps[name], device)
+    for name, step in (("eager transcription", "eager transcription"), (OURS, f"{OURS}, not compiled")):
+        found = operators(steps[step], device)
         rest = found[SHOWN:]
         found = [*found[:SHOWN], ("all others", sum(row[1] for row in rest), sum(row[2] for row in rest))]
         rows += [[name, operator, f"{ms:.1f}", f"{calls:.0f}"] for operator, ms, calls in found]

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from peers import EagerLiquidUNet, check_size, dit, unet2d
+from peers import EagerLiquidUNet, check_size, compile_for_training, dit, unet2d
 from torch import Tensor, nn
 
 from liquid_diffusion.codecs import AutoencoderCodec, PixelCodec
@@ -90,15 +90,36 @@ def batch_of(batch: int, size: int, device: torch.device) -> tuple[Tensor, Tenso
 
 
 def training_steps(models: dict[str, nn.Module], batch: int, size: int, device: torch.device) -> dict[str, Callable]:
-    """Forward, backward and AdamW."""
+    """Forward, backward and AdamW: ours as the trainer has it on a CPU, compiled, and as it is; others as they are."""
+    eager = {f"{name}, not compiled" if name == OURS else name: model for name, model in models.items()}
+    return steps_of({OURS: models[OURS]}, batch, size, device, "default") | steps_of(
+        eager, batch, size, device, "force_eager"
+    )
+
+
+def compiled_steps(models: dict[str, nn.Module], batch: int, size: int, device: torch.device) -> dict[str, Callable]:
+    """A training step of each model compiled, except for the transcription."""
+    some = {name: model for name, model in models.items() if "eager" not in name}
+    return steps_of(some, batch, size, device, "default")
+
+
+def steps_of(
+    models: dict[str, nn.Module], batch: int, size: int, device: torch.device, stance: str
+) -> dict[str, Callable]:
+    """Training steps under a stance of torch.compile: "default" or "force_eager"."""
     x, t, labels = batch_of(batch, size, device)
     dtype = fastest_dtype(device)
 
     def step_of(model: nn.Module) -> Callable[[], None]:
+        if stance == "default":
+            compile_for_training(model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
         def step() -> None:
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            with (
+                torch.compiler.set_stance(stance),
+                torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
+            ):
                 out = model(x, t, labels)
             loss = nn.functional.mse_loss((out if isinstance(out, Tensor) else out.sample).float(), x)
             loss.backward()
@@ -118,6 +139,7 @@ def plain(model: nn.Module, x: Tensor, t: Tensor, labels: Tensor) -> Callable[[]
     """One evaluation of a model as it is, in the arithmetic that the machine is fast in."""
     dtype = fastest_dtype(x.device)
 
+    @torch.compiler.set_stance("force_eager")
     @torch.no_grad()
     def evaluate() -> Tensor:
         with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
@@ -197,6 +219,7 @@ def with_decoder(models: dict[str, nn.Module], batch: int, size: int, device: to
 TASKS: dict[str, Callable[..., dict[str, Callable]]] = {
     "evaluation": samplings,
     "training step": training_steps,
+    "training step, all compiled": compiled_steps,
     "evaluation in float32": edge,
     "sampling with decoder": with_decoder,
 }
@@ -206,6 +229,8 @@ def is_worth_it(task: str, batch: int, size: int, device: torch.device) -> bool:
     """On a CPU some combinations take the peers minutes and nobody runs them."""
     if task == "training step":
         return batch > 1 and (device.type != "cpu" or size <= 64)
+    if task == "training step, all compiled":  # UNet2DModel takes two minutes of compilation
+        return batch > 1 and size == 32
     if task == "evaluation in float32":
         return device.type == "cpu" and size == 32
     if task == "sampling with decoder":

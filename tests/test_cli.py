@@ -271,7 +271,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Signa
     out = tmp_path / "run"
     command = [sys.executable, "-m", "liquid_diffusion"]
     process = subprocess.Popen(
-        [*command, "train", *TINY, "--steps", "100000", "--log-every", "1", "--out", str(out)],
+        [*command, "train", *TINY, "--steps", "100000", "--compile", "false", "--log-every", "1", "--out", str(out)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )  # fmt: skip
     try:

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
+
 from liquid_diffusion.config import TrainConfig
 from liquid_diffusion.presets import resolve
 
@@ -8,6 +12,21 @@ def test_a_gpu_gets_more_than_a_cpu() -> None:
     cpu, gpu = (resolve(TrainConfig(), device) for device in ("cpu", "cuda"))
     assert (cpu.model, cpu.image_size, cpu.codec, cpu.flip) == ("nano", 32, "pixels", False)
     assert (gpu.model, gpu.image_size, gpu.codec, gpu.flip) == ("tiny", 64, "pixels", False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "expected"),
+    [
+        ({}, "cpu", True),
+        ({"steps": 300}, "cpu", False),  # it would take longer than it saves
+        ({"buckets": True}, "cpu", False),
+        ({}, "cuda", False),
+        ({"compile": True}, "cuda", True),
+        ({"compile": False}, "cpu", False),
+    ],
+)
+def test_blocks_are_compiled_where_it_pays(changes: dict[str, Any], device: str, expected: bool) -> None:
+    assert resolve(TrainConfig(**changes), device).compile is expected
 
 
 def test_own_pictures() -> None:

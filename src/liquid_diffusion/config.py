@@ -52,6 +52,9 @@ class TrainConfig:
     gradient_accumulation: int = _option(1, "parts in which a batch is computed, to save memory")
     gradient_checkpointing: bool = _option(False, "compute activations twice, to save memory")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = _option("auto", "arithmetic; auto is the best the machine has")
+    compile: bool | None = _option(
+        None, "compile the blocks before the first step, which takes about a minute (default: yes on a CPU, if it pays)"
+    )
     ema_decay: float = _option(0.999, "decay of the averaged weights, reached after its own warm-up")
     ema_on_cpu: bool = _option(False, "keep the averaged weights in the computer's memory, to save the card's")
     label_dropout: float = _option(0.1, "share of labels hidden in training, which makes guidance possible")
@@ -113,6 +116,7 @@ class RunConfig(TrainConfig):
     steps: int = 0
     batch_size: int = 0
     lr: float = 0.0
+    compile: bool = False
     flip: bool = False
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from liquid_diffusion.config import EncodeConfig, RunConfig, TrainConfig, UNetConfig, UserError
 
 FACTORS = {"pixels": 2, "sd-vae": 8}  # pixels a side for one latent, of the codecs known by name before they are made
+_STEPS_TO_COMPILE_FOR = 1000  # nano saved 60 ms in each on two cores, where compiling took 45 s
 _DOWNSCALE = 4  # of every preset: each of its stages but the last one halves height and width
 
 
@@ -76,16 +77,21 @@ def resolve(config: TrainConfig, device: str) -> RunConfig:
     codec = config.codec or ("pixels" if image_size <= 64 else "sd-vae")
     model = config.model or ("nano" if cpu else "tiny")
     preset(model)
+    steps = config.steps or ((2000 if cpu else 4000) if emoji else (4000 if cpu else 20000))
     decided: dict[str, Any] = {
         "out": config.out or f"runs/{_name(config.data)}-{image_size}",
         "image_size": image_size,
         "codec": codec,
         "model": model,
-        "steps": config.steps or ((2000 if cpu else 4000) if emoji else (4000 if cpu else 20000)),
+        "steps": steps,
         "batch_size": config.batch_size or (64 if codec == "pixels" else 16),
         # nano: mean loss of the last 200 of the quick start's 2,000 steps (`train --lr`, metrics.jsonl), one seed each:
         # 1e-3 .222, 2e-3 .207, 3e-3 .207. The larger ones have a usual rate for their size, not measured.
         "lr": config.lr or (2e-3 if model == "nano" else 3e-4),
+        # not on a GPU, where nobody has measured it, and not for many shapes, each of which is compiled for itself
+        "compile": cpu and steps >= _STEPS_TO_COMPILE_FOR and not config.buckets
+        if config.compile is None
+        else config.compile,
         "flip": _flip(config.data, config.flip),
     }
     return RunConfig(**{**asdict(config), **decided})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import figures
@@ -50,6 +50,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     document.write_text(figures.DOCUMENT.read_text())
     monkeypatch.setattr(figures.write_tables, "__defaults__", (document,))
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def _not_compiled() -> Iterator[None]:
+    """What compiled blocks compute is tested with the trainer; here it would take minutes."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def test_equal_images(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -327,6 +327,38 @@ def test_a_lower_rate_goes_on(quick: Make) -> None:
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.5e-4)
 
 
+# of dynamo's own, which it expects to be a warning
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_compiled_blocks_train_as_they_do(
+    quick: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same losses, gone on with too; and where there is no compiler the training goes on without."""
+
+    def losses(name: str, steps: int, **changes: Any) -> list[float]:
+        trainer = Trainer(quick(out=str(tmp_path / name), **{"steps": 4, **changes}))
+        found = [result.loss.item() for result in itertools.islice(trainer.steps(), steps)]
+        trainer.save()
+        return found
+
+    torch._dynamo.utils.counters.clear()
+    expected = losses("eager", 4)
+    assert not capsys.readouterr().out
+    found = losses("compiled", 2, compile=True)
+    said = capsys.readouterr().out
+    assert said.count("Compiling the blocks") == 1
+    assert "can't be compiled" not in said
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert found + losses("compiled", 2, compile=True) == pytest.approx(expected, rel=1e-5)
+
+    torch._dynamo.reset()
+    capsys.readouterr()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "kernels"))
+    with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        assert losses("without", 4, compile=True) == expected
+    assert "can't be compiled here" in capsys.readouterr().out
+    torch._dynamo.reset()
+
+
 def test_two_processes(tmp_path: Path, on_two_processes: Callable[..., str]) -> None:
     """A real launch on two processes: equal weights, other draws in each; resumed; they stop together."""
     script = """

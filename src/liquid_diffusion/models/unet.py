@@ -38,6 +38,7 @@ class LiquidUNet(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["LiquidBlock"]
+    _repeated_blocks = ["LiquidBlock"]  # what `compile_repeated_blocks` compiles
 
     @register_to_config
     def __init__(

@@ -13,7 +13,7 @@ from liquid_diffusion.config import RunConfig, TrainConfig, UserError
 # What a run that goes on may change; all else would make it another run.
 _FREE = frozenset(
     ("out", "steps", "lr", "checkpoint_every", "sample_every", "log_every", "workers", "cache_latents", "ema_on_cpu")
-) | {"push_to_hub", "hub_private"}
+) | {"compile", "push_to_hub", "hub_private"}
 
 
 def machine_facts(accelerator: Accelerator) -> dict[str, Any]:

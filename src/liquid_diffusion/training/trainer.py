@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 from tqdm import tqdm
 
 from liquid_diffusion.codecs import AutoencoderCodec, make_codec
@@ -258,8 +259,33 @@ class Trainer:
         run = self.config
         return run.lr * learning_rate_factor(self.step, run.steps, run.warmup_steps, run.cooldown)
 
+    def _compile(self) -> None:
+        """Compile the blocks for the batches to come; where that can't be done, leave them as they are and say so.
+
+        A step on zeros shows whether it can; nothing of it is kept.
+        """
+        run, device, main = self.config, self.accelerator.device, self.accelerator.is_main_process
+        if main:
+            tqdm.write("Compiling the blocks: up to a minute, a few seconds the next time; --compile false leaves it.")
+        self.model.compile_repeated_blocks(fullgraph=True)
+        height, width = (side // self.codec.factor for side in self.dataset.usual_shape)
+        count = run.batch_size // run.gradient_accumulation
+        x, t = torch.zeros(count, self.codec.channels, height, width, device=device), torch.zeros(count, device=device)
+        labels = torch.zeros(count, dtype=torch.long, device=device) if self.dataset.label_names else None
+        try:
+            self.accelerator.backward(self.wrapped(x, t, labels).sample.sum())
+        except TorchDynamoException as error:
+            for module in self.model.modules():
+                module._compiled_call_impl = None
+            if main:
+                reason = str(error).strip().splitlines()[0]
+                tqdm.write(f"The blocks can't be compiled here, so the training goes on without ({reason}).")
+        self.optimizer.zero_grad(set_to_none=True)
+
     def steps(self) -> Iterator[StepResult]:
         """Train from where the run is to its last step, one at a time; nothing is written but skipped.jsonl."""
+        if self.config.compile and not self.finished:
+            self._compile()
         batches = self._batches()
         while not self.finished:  # a stream is not read further than it is trained on
             images, labels, skipped = next(batches)
