@@ -20,6 +20,7 @@ CAUSAL = RESULTS / "causal.csv"
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "ablations.md"
 NOT_YET = "*Not run yet.*"
 
+SETTING = ("budget", "clock", "size", "preset", "device", "threads")  # only what has these in common is compared
 _CLEAR = 2  # standard errors; less is called no difference
 _SEEDS = 3  # at least, for a claim
 
@@ -93,7 +94,7 @@ def comparison_tables(rows: list[Row], base: str, columns: dict[str, str] | None
     """
     final = [row for row in rows if row["split"] == "val" and float(row["fraction"]) == 1]
     tables = []
-    for setting in _group(final, "budget", "clock", "size", "preset", "device", "threads").values():
+    for setting in _group(final, *SETTING).values():
         models = _group(setting, "model")
         if len(models) < 2 or (base,) not in models:
             continue
@@ -130,16 +131,19 @@ def comparison_tables(rows: list[Row], base: str, columns: dict[str, str] | None
 def tuning_table(rows: list[Row]) -> str:
     """Loss at the end of the trainings for choices, for each learning rate."""
     final = [row for row in rows if row["split"] == "tune" and float(row["fraction"]) == 1]
-    if not final:
-        return NOT_YET
-    rates = sorted({row["lr"] for row in final}, key=float)
-    lines = []
-    for (model, _), some in _group(final, "model", "budget").items():
-        found = {row["lr"]: float(row["loss"]) for row in some}
-        best = min(found, key=lambda lr: found[lr])
-        cells = [f"**{found[lr]:.3f}**" if lr == best else f"{found[lr]:.3f}" if lr in found else "" for lr in rates]
-        lines.append([model, *cells])
-    return f"{_setting(final[0])}:\n\n{markdown(['model', *rates], lines)}"
+    tables = []
+    for setting in _group(final, *SETTING).values():
+        rates = sorted({row["lr"] for row in setting}, key=float)
+        lines = []
+        for (model,), some in _group(setting, "model").items():
+            found = {row["lr"]: float(row["loss"]) for row in some}
+            best = min(found, key=lambda lr: found[lr])
+            cells = [
+                f"**{found[lr]:.3f}**" if lr == best else f"{found[lr]:.3f}" if lr in found else "" for lr in rates
+            ]
+            lines.append([model, *cells])
+        tables.append(f"{_setting(setting[0])}:\n\n{markdown(['model', *rates], lines)}")
+    return "\n\n".join(tables) or NOT_YET
 
 
 def causal_table(rows: list[Row]) -> str:
@@ -227,7 +231,7 @@ def draw_quality() -> None:
         some = [row for row in peers if row["budget"].endswith(unit)]
         tables[f"peers at equal {name}"] = comparison_tables(some, "liquid")
         some = [row for row in some if row["split"] == "val"]
-        settings = list(_group(some, "budget", "clock", "size", "preset", "device", "threads").values())
+        settings = list(_group(some, *SETTING).values())
         if settings:
             plot_curves(settings[-1], f"quality-{name}", x, words)
             tables[f"peers at equal {name}"] += _picture(f"quality-{name}", f"Kernel distance against {words}")
