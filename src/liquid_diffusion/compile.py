@@ -19,7 +19,7 @@ Shapes: B batch, C channels, H W height and width, T width of the condition embe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -39,8 +39,6 @@ if TYPE_CHECKING:  # of a bundled pipeline the model's classes are in another fi
 # picture of tiny took 15 % less time in parts of two than in a batch of eight; at 64 x 64 and below nothing changed.
 _CACHE_BYTES = 4 * 2**20
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"swish": F.silu}
-
 
 def _modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """``scale norm(x) + shift``, in one pass where one scale (1, C, 1, 1) serves all of x (B, C, H, W)."""
@@ -50,7 +48,7 @@ def _modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 class _Convolution:
-    """A convolution with its weights in the sampling dtype, and the activation behind it.
+    """A convolution with its weights in the sampling dtype, and a SiLU behind it or not.
 
     On a CPU in bfloat16 it calls oneDNN by the operators that torch.compile puts there: activation and residual sum are
     part of the convolution, which spares a pass over memory each, and the weights are brought into oneDNN's layout once
@@ -66,12 +64,12 @@ class _Convolution:
         *,
         stride: int = 1,
         groups: int = 1,
-        activation: str | None = None,
+        silu: bool = False,
     ) -> None:
         self.weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
         self.bias = bias.to(dtype)
         self.stride, self.padding, self.groups = [stride] * 2, [weight.shape[-1] // 2] * 2, groups
-        self.activation = activation
+        self.silu = silu
         self.packed = None
         # in float32 the layout for a size that is not known yet can be 50 times slower than none
         if weight.device.type == "cpu" and dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
@@ -80,19 +78,19 @@ class _Convolution:
             )
 
     @classmethod
-    def of(cls, layer: nn.Conv2d, dtype: torch.dtype, activation: str | None = None) -> _Convolution:
+    def of(cls, layer: nn.Conv2d, dtype: torch.dtype, silu: bool = False) -> _Convolution:
         """The convolution of a layer with "same" padding, or of a downsampling one."""
         assert layer.bias is not None
-        return cls(layer.weight, layer.bias, dtype, stride=layer.stride[0], activation=activation)
+        return cls(layer.weight, layer.bias, dtype, stride=layer.stride[0], silu=silu)
 
     def _call(self, z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         if self.packed is not None:
             geometry = (self.padding, self.stride, [1, 1], self.groups)
             return torch.ops.mkldnn._convolution_pointwise(
-                z, weight, bias, *geometry, self.activation or "none", [], "none"
+                z, weight, bias, *geometry, "swish" if self.silu else "none", [], "none"
             )
         y = F.conv2d(z, weight, bias, self.stride, self.padding, 1, self.groups)
-        return y if self.activation is None else _ACTIVATIONS[self.activation](y)
+        return F.silu(y) if self.silu else y
 
     def __call__(self, z: Tensor) -> Tensor:
         """z (B, C, H, W) -> (B, C', H', W')."""
@@ -145,7 +143,7 @@ class _FoldedBlock:
         rows = [1 + m[0], m[1], keep, take, scale, shift, 1 + m[3], m[4], m[5]]
         self.table = torch.cat(rows, 1).to(dtype)[..., None, None]  # (R, sum of the widths, 1, 1)
         self.widths = [part.shape[1] for part in rows]
-        self.backbone = _Convolution.of(cfc.backbone, dtype, "swish")
+        self.backbone = _Convolution.of(cfc.backbone, dtype, silu=True)
         self.heads = _Convolution(weight, bias, dtype)
         kernel = merge_kernels(mix.kernel_3, mix.kernel_5, mix.kernel_7)
         self.depthwise = _Convolution(kernel, mix.bias, dtype, groups=kernel.shape[0])
