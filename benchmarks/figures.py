@@ -157,7 +157,7 @@ def causal_table(rows: list[Row]) -> str:
         lines.append([name, f"{float(some[0]['velocity_change']):.1%}", *(found.get(count, "") for count in steps)])
     table = markdown(["what is done", "change of the velocity", *(f"KD, {count} steps" for count in steps)], lines)
     first = rows[0]
-    return f"{first['run']}, {first['n']} samples against {first['held_out']} held-out pictures, Euler:\n\n{table}"
+    return f"{first['run']}, {first['n']} samples against {first['held_out']} held-out pictures, Euler where nothing else is said:\n\n{table}"
 
 
 def write_tables(tables: dict[str, str], document: Path = DOCUMENT) -> None:
@@ -259,7 +259,7 @@ def draw_causal() -> None:
             axes.set_xscale("log")
             axes.set_xticks(steps, [str(count) for count in steps])
             axes.set_xticks([], minor=True)
-    _save(figure, axes, "causal", "Euler steps", "kernel distance to held-out pictures")
+    _save(figure, axes, "causal", "steps", "kernel distance to held-out pictures")
 
 
 def main() -> None:

@@ -218,7 +218,7 @@ def test_mistakes_in_yaml(text: str, words: str, tmp_path: Path, capsys: Capture
     [
         (["./nowhere"], "no run './nowhere'"),
         (["RUN", "--label", "horse"], "no class 'horse'; the model knows Activities, Animals & Nature"),
-        (["RUN", "--solver", "rk4"], "no solver 'rk4'; choose from euler"),
+        (["RUN", "--solver", "rk4"], "no solver 'rk4'; choose from unipc"),
         (["RUN", "--n", "0"], "n must be at least 1"),
         (["RUN/pipeline", "--nearest", "true"], "does not say what it was trained on"),
         (["RUN", "--nearest", "true", "--out", "RUN/new"], "ends in .png"),

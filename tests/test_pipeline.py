@@ -40,7 +40,7 @@ def make(classes: int = 2, vae: AutoencoderKL | None = None) -> LiquidDiffusionP
             parameter.add_(torch.randn_like(parameter) * 0.02)
     codec = AutoencoderCodec(vae, "somewhere").state() if vae else None
     pipeline = LiquidDiffusionPipeline(
-        model, make_scheduler(), vae, codec=codec, label_names=NAMES[:classes], image_size=16
+        model, make_scheduler("euler"), vae, codec=codec, label_names=NAMES[:classes], image_size=16
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -20,7 +20,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from liquid_diffusion.config import SOLVERS, UserError
+from liquid_diffusion.config import SOLVERS, EvaluateConfig, SampleConfig, UserError
 from liquid_diffusion.sampling import for_flow, guide, make_scheduler, sample_steps, seeded_generators, solver_times
 
 MEAN, DEVIATION = 0.7, 0.3
@@ -131,10 +131,16 @@ def test_generators_are_their_seeds() -> None:
 
 
 def test_wrong_wishes_are_refused() -> None:
-    with pytest.raises(UserError, match="no solver 'rk45'; choose from euler"):
+    with pytest.raises(UserError, match="no solver 'rk45'; choose from unipc"):
         make_scheduler("rk45")
     with pytest.raises(UserError, match="at least 1 step"):
         next(sample_steps(exact_velocity, torch.zeros(1, 1, 4, 4), make_scheduler(), 0))
+
+
+def test_one_solver_where_nothing_is_said() -> None:
+    """Of saved pipelines, of `sample` and of `evaluate`; the bounds above say what it is better at than Euler."""
+    assert isinstance(make_scheduler(), UniPCMultistepScheduler)
+    assert SampleConfig().solver == EvaluateConfig().solver == "unipc"
 
 
 def test_euler_steps_are_equal_down_to_zero() -> None:

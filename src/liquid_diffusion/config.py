@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-SOLVERS = ("euler", "heun", "unipc", "dpm++")
+SOLVERS = ("unipc", "euler", "heun", "dpm++")
+SOLVER = "unipc"  # where nothing is said: nearer to converged at 25 steps than Euler, for the same 25 evaluations
 GUIDANCE = 2.0  # of grids and samples where nothing is said
 
 
@@ -152,7 +153,7 @@ class SampleConfig:
 
     n: int = _option(16, "number of pictures")
     steps: int = _option(25, "steps of the solver")
-    solver: str = _option("euler", ", ".join(SOLVERS))
+    solver: str = _option(SOLVER, ", ".join(SOLVERS))
     label: str | None = _option(None, "class, by name or number (default: all in turn)")
     guidance: float = _option(GUIDANCE, "classifier-free guidance where there are classes; 1 is none")
     seed: int = _option(0, "picture i has the seed SEED + i")
@@ -179,7 +180,7 @@ class EvaluateConfig:
     reference: str = _option("val", "real pictures: val (held out of the run), train, all, or another data set")
     features: str = _option("lite0", "lite0, inception, dinov2, or the folder of a DINOv2")
     steps: int = _option(25, "steps of the solver")
-    solver: str = _option("euler", ", ".join(SOLVERS))
+    solver: str = _option(SOLVER, ", ".join(SOLVERS))
     guidance: float = _option(GUIDANCE, "classifier-free guidance where there are classes; 1 is none")
     seed: int = _option(0, "sample i has the seed SEED + i")
     batch_size: int = _option(64, "samples computed at once; it does not change them")

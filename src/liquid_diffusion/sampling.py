@@ -21,7 +21,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from liquid_diffusion.config import SOLVERS, UserError
+from liquid_diffusion.config import SOLVER, SOLVERS, UserError
 from liquid_diffusion.flow import predicted_data
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
@@ -43,8 +43,8 @@ class SampleStep:
     x0: Tensor
 
 
-def make_scheduler(solver: str = "euler") -> SchedulerMixin:
-    """The diffusers scheduler called euler, heun, unipc or dpm++, set up for a flow.
+def make_scheduler(solver: str = SOLVER) -> SchedulerMixin:
+    """The diffusers scheduler called unipc, euler, heun or dpm++, set up for a flow.
 
     Raises:
         UserError: there is none of that name.
