@@ -35,7 +35,9 @@ def test_own_pictures() -> None:
 
 
 def test_what_was_said_stays() -> None:
-    said = TrainConfig(image_size=64, codec="taesd", model="base", steps=7, batch_size=3, flip=True, out="x", lr=0.5)
+    said = TrainConfig(
+        image_size=64, codec="taesd", model="base", steps=7, batch_size=3, flip=True, out="x", lr=0.5, compile=True
+    )
     config = resolve(said, "cpu")
     for name, value in vars(said).items():
         assert getattr(config, name) == value
