@@ -157,7 +157,8 @@ def causal_table(rows: list[Row]) -> str:
         lines.append([name, f"{float(some[0]['velocity_change']):.1%}", *(found.get(count, "") for count in steps)])
     table = markdown(["what is done", "change of the velocity", *(f"KD, {count} steps" for count in steps)], lines)
     first = rows[0]
-    return f"{first['run']}, {first['n']} samples against {first['held_out']} held-out pictures, Euler where nothing else is said:\n\n{table}"
+    what = f"{first['run']}, {first['n']} samples against {first['held_out']} held-out pictures"
+    return f"{what}, Euler where nothing else is said:\n\n{table}"
 
 
 def write_tables(tables: dict[str, str], document: Path = DOCUMENT) -> None:

@@ -161,9 +161,13 @@ class EagerLiquidUNet(nn.Module):
 
 
 def compile_for_training(model: nn.Module) -> None:
-    """Our frame by its blocks, as the trainer does; other models whole, which gained them as much or more."""
+    """Our frame by its blocks, as the trainer does; other models whole, which gained them as much or more.
+
+    What was compiled before is forgotten: it counts against dynamo's limit of shapes, beyond which nothing is compiled.
+    """
+    torch.compiler.reset()
     if isinstance(model, LiquidUNet):
-        model.compile_repeated_blocks(fullgraph=True)
+        model.compile_repeated_blocks()
     else:
         model.compile()
 

@@ -111,7 +111,7 @@ def steps_of(
     dtype = fastest_dtype(device)
 
     def step_of(model: nn.Module) -> Callable[[], None]:
-        if stance == "default":
+        if stance == "default":  # before any of them takes a step: it forgets what was compiled
             compile_for_training(model)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 

@@ -267,7 +267,8 @@ class Trainer:
         run, device, main = self.config, self.accelerator.device, self.accelerator.is_main_process
         if main:
             tqdm.write("Compiling the blocks: up to a minute, a few seconds the next time; --compile false leaves it.")
-        self.model.compile_repeated_blocks(fullgraph=True)
+        torch.compiler.reset()  # the shapes of a run before, in this process, count against the limit of 8
+        self.model.compile_repeated_blocks()  # shapes beyond the limit are computed as they are
         height, width = (side // self.codec.factor for side in self.dataset.usual_shape)
         count = run.batch_size // run.gradient_accumulation
         x, t = torch.zeros(count, self.codec.channels, height, width, device=device), torch.zeros(count, device=device)
