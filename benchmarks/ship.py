@@ -84,7 +84,9 @@ of EfficientNet-Lite0 and can't be compared with FID.
 ## Limits
 
 It knows these emoji and nothing else, at this size, and takes no text. Flags, faces and signs are its best; people
-and small things fall apart. It was made to show what a few million parameters do, and to try the commands with.
+and small things fall apart. The simplest signs (hearts, the pictograms of families) come out nearly as they are in the
+set: benchmarks/results/nano-emoji-nearest.png in the repository has the 16 nearest pairs. It was made to show what a
+few million parameters do, and to try the commands with.
 """
 
 
