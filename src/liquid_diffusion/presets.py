@@ -86,7 +86,8 @@ def resolve(config: TrainConfig, device: str) -> RunConfig:
         "steps": steps,
         "batch_size": config.batch_size or (64 if codec == "pixels" else 16),
         # nano: mean loss of the last 200 of the quick start's 2,000 steps (`train --lr`, metrics.jsonl), one seed each:
-        # 1e-3 .222, 2e-3 .207, 3e-3 .207, in its shape of before (64, 128, 160). The larger ones have a usual rate for their size, not measured.
+        # 1e-3 .222, 2e-3 .207, 3e-3 .207, in its shape of before (64, 128, 160). The larger ones have a usual rate for
+        # their size, not measured.
         "lr": config.lr or (2e-3 if model == "nano" else 3e-4),
         # not on a GPU, where nobody has measured it, and not for many shapes, each of which is compiled for itself
         "compile": cpu and steps >= _STEPS_TO_COMPILE_FOR and not config.buckets

@@ -17,7 +17,6 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
 from tqdm import tqdm
 
 from liquid_diffusion.codecs import AutoencoderCodec, make_codec
@@ -35,6 +34,7 @@ from liquid_diffusion.presets import check_size, resolve
 from liquid_diffusion.publish import prepare, publish
 from liquid_diffusion.sampling import make_scheduler, seeded_generators
 from liquid_diffusion.training.checkpoint import CheckpointFolder
+from liquid_diffusion.training.compilation import compile_blocks
 from liquid_diffusion.training.learning_rate import learning_rate_factor
 from liquid_diffusion.training.resume import check_same_data, check_same_run, machine_facts
 from liquid_diffusion.training.run_folder import RunFolder
@@ -260,27 +260,22 @@ class Trainer:
         return run.lr * learning_rate_factor(self.step, run.steps, run.warmup_steps, run.cooldown)
 
     def _compile(self) -> None:
-        """Compile the blocks for the batches to come; where that can't be done, leave them as they are and say so.
-
-        A step on zeros shows whether it can; nothing of it is kept.
-        """
-        run, device, main = self.config, self.accelerator.device, self.accelerator.is_main_process
-        if main:
-            tqdm.write("Compiling the blocks: up to a minute, a few seconds the next time; --compile false leaves it.")
-        torch.compiler.reset()  # the shapes of a run before, in this process, count against the limit of 8
-        self.model.compile_repeated_blocks()  # shapes beyond the limit are computed as they are
+        """Compile the blocks for the batches to come, by a step on zeros of which nothing is kept, and say so."""
+        run, device = self.config, self.accelerator.device
         height, width = (side // self.codec.factor for side in self.dataset.usual_shape)
         count = run.batch_size // run.gradient_accumulation
-        x, t = torch.zeros(count, self.codec.channels, height, width, device=device), torch.zeros(count, device=device)
-        labels = torch.zeros(count, dtype=torch.long, device=device) if self.dataset.label_names else None
-        try:
-            self.accelerator.backward(self.wrapped(x, t, labels).sample.sum())
-        except TorchDynamoException as error:
-            for module in self.model.modules():
-                module._compiled_call_impl = None
-            if main:
-                reason = str(error).strip().splitlines()[0]
-                tqdm.write(f"The blocks can't be compiled here, so the training goes on without ({reason}).")
+
+        def step_on_zeros() -> None:
+            x = torch.zeros(count, self.codec.channels, height, width, device=device)
+            t, labels = torch.zeros(count, device=device), torch.zeros(count, dtype=torch.long, device=device)
+            self.accelerator.backward(self.wrapped(x, t, labels if self.dataset.label_names else None).sample.sum())
+
+        main = self.accelerator.is_main_process
+        if main:
+            tqdm.write("Compiling the blocks: up to a minute, a few seconds the next time; --compile false leaves it.")
+        reason = compile_blocks(self.model, step_on_zeros)
+        if reason and main:
+            tqdm.write(f"The blocks can't be compiled here, so the training goes on without ({reason}).")
         self.optimizer.zero_grad(set_to_none=True)
 
     def steps(self) -> Iterator[StepResult]:

@@ -1,0 +1,31 @@
+"""The blocks of a model compiled for training, where the machine can."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch._dynamo.exc import TorchDynamoException
+
+from liquid_diffusion.models.unet import LiquidUNet
+
+
+def compile_blocks(model: LiquidUNet, try_step: Callable[[], None]) -> str | None:
+    """Compile the blocks; where that can't be done, leave them as they are.
+
+    Args:
+        model: whose blocks are compiled in place.
+        try_step: forward and backward on a batch of the size to come, which shows whether it can be done.
+
+    Returns:
+        None, or why they are not compiled.
+    """
+    torch.compiler.reset()  # the shapes of a run before, in this process, count against the limit of 8
+    model.compile_repeated_blocks()  # shapes beyond the limit are computed as they are
+    try:
+        try_step()
+    except TorchDynamoException as error:
+        for module in model.modules():
+            module._compiled_call_impl = None
+        return str(error).strip().splitlines()[0]
+    return None
