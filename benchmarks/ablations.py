@@ -41,34 +41,16 @@ def hidden_width(channels: int, ratio: float) -> int:
     return _STEP * max(1, round(ratio * channels / _STEP))
 
 
-def mlp(channels: int, ratio: float) -> nn.Sequential:
+def mlp(channels: int, hidden: int) -> nn.Sequential:
     """1x1 -> SiLU -> 1x1."""
-    hidden = hidden_width(channels, ratio)
     return nn.Sequential(nn.Conv2d(channels, hidden, 1), nn.SiLU(), nn.Conv2d(hidden, channels, 1))
 
 
-class AnyWidth(ParallelCfC):
-    """The liquid layer with hidden features of any width."""
-
-    def __init__(
-        self,
-        channels: int,
-        condition_channels: int,
-        ratio: float,
-        gate: Gate = "liquid",
-        relaxation: Relaxation = "liquid",
-    ) -> None:
-        super().__init__(channels, condition_channels, 1, gate, relaxation)
-        hidden = hidden_width(channels, ratio)
-        self.backbone = nn.Conv2d(channels, hidden, 1)
-        self.heads = nn.Conv2d(hidden, self.heads.out_channels, 1)
-
-
-class MeanRelaxation(AnyWidth):
+class MeanRelaxation(ParallelCfC):
     """The seed's form, ``alpha = exp(-lambda |mean(t_emb)|)``: one number for all channels, about 1 at the start."""
 
-    def __init__(self, channels: int, condition_channels: int, ratio: float) -> None:
-        super().__init__(channels, condition_channels, ratio)
+    def __init__(self, channels: int, condition_channels: int, hidden: int) -> None:
+        super().__init__(channels, condition_channels, hidden)
         del self.time_relaxation
 
     def reset_parameters(self) -> None:
@@ -80,7 +62,7 @@ class MeanRelaxation(AnyWidth):
         return torch.exp(-self.log_rate.float().exp() * condition.float().mean(1, keepdim=True).abs())  # (B, C)
 
 
-class EarlyRelaxation(AnyWidth):
+class EarlyRelaxation(ParallelCfC):
     """Relaxation that starts at alpha = 1/2."""
 
     def reset_parameters(self) -> None:
@@ -88,11 +70,11 @@ class EarlyRelaxation(AnyWidth):
         nn.init.constant_(self.time_relaxation.bias, math.log(2))
 
 
-class ContentFreeGate(AnyWidth):
+class ContentFreeGate(ParallelCfC):
     """A gate that knows the time alone: ``sigmoid(-b(t))``, the same for all pixels."""
 
-    def __init__(self, channels: int, condition_channels: int, ratio: float) -> None:
-        super().__init__(channels, condition_channels, ratio, "none")
+    def __init__(self, channels: int, condition_channels: int, hidden: int) -> None:
+        super().__init__(channels, condition_channels, hidden, "none")
         self.offset = nn.Linear(condition_channels, channels)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
@@ -117,14 +99,13 @@ class WithoutCondition(nn.Module):
 class SwiGLU(nn.Module):
     """``W (silu(U x) * V x)`` (Shazeer, arXiv 2002.05202)."""
 
-    def __init__(self, channels: int, ratio: float) -> None:
+    def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
-        hidden = hidden_width(channels, ratio)
         self.widen = nn.Conv2d(channels, 2 * hidden, 1)
         self.narrow = nn.Conv2d(hidden, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b = self.widen(x).chunk(2, dim=1)  # (B, ratio C, H, W) each
+        a, b = self.widen(x).chunk(2, dim=1)  # (B, hidden, H, W) each
         return self.narrow(F.silu(a) * b)
 
 
@@ -174,7 +155,7 @@ class WithFeedForward(Variant):
     """Three residual steps: hidden features as wide as the input, and a feed-forward of any width at the end."""
 
     def __init__(self, channels: int, condition_channels: int, ratio: float) -> None:
-        super().__init__(channels, condition_channels, AnyWidth(channels, condition_channels, 1))
+        super().__init__(channels, condition_channels, ParallelCfC(channels, condition_channels, channels))
         hidden = hidden_width(channels, ratio)
         self.modulation = nn.Linear(condition_channels, 9 * channels)
         self.feed_forward = nn.Sequential(nn.Conv2d(channels, hidden, 1), nn.GELU(), nn.Conv2d(hidden, channels, 1))
@@ -201,8 +182,8 @@ class OneStep(Variant):
     """Liquid layer and spatial mix in one residual step: the hidden features of the heads look around."""
 
     def __init__(self, channels: int, condition_channels: int, ratio: float) -> None:
-        layer = AnyWidth(channels, condition_channels, ratio)
         hidden = hidden_width(channels, ratio)
+        layer = ParallelCfC(channels, condition_channels, hidden)
         layer.backbone = nn.Sequential(layer.backbone, Depthwise7(hidden))
         layer.heads = nn.Sequential(PoolingGate(hidden), layer.heads)
         super().__init__(channels, condition_channels, layer)
@@ -218,7 +199,9 @@ class WithoutOutputGates(Variant):
     """``x <- x + part(modulate(norm(x)))``: no adaLN-zero, so that a new block is not the identity."""
 
     def __init__(self, channels: int, condition_channels: int, ratio: float) -> None:
-        super().__init__(channels, condition_channels, AnyWidth(channels, condition_channels, ratio))
+        super().__init__(
+            channels, condition_channels, ParallelCfC(channels, condition_channels, hidden_width(channels, ratio))
+        )
         self.modulation = nn.Linear(condition_channels, 4 * channels)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
@@ -230,21 +213,24 @@ class WithoutOutputGates(Variant):
 Block = Callable[[int, int, float], nn.Module]  # made of (channels, condition_channels, ratio)
 
 
-def _with_liquid(make: Callable[[int, int, float], nn.Module]) -> Block:
-    return lambda channels, t, ratio: Variant(channels, t, make(channels, t, ratio))
+def _with_liquid(make: Callable[[int, int, int], nn.Module]) -> Block:
+    """Another layer in the liquid one's place, made of (channels, condition_channels, hidden features)."""
+    return lambda channels, t, ratio: Variant(channels, t, make(channels, t, hidden_width(channels, ratio)))
 
 
 def _switched(gate: Gate, relaxation: Relaxation) -> Block:
-    return _with_liquid(lambda channels, t, ratio: AnyWidth(channels, t, ratio, gate, relaxation))
+    return _with_liquid(lambda channels, t, hidden: ParallelCfC(channels, t, hidden, gate, relaxation))
 
 
-def _without_condition(make: Callable[[int, float], nn.Module]) -> Block:
-    return _with_liquid(lambda channels, _, ratio: WithoutCondition(make(channels, ratio)))
+def _without_condition(make: Callable[[int, int], nn.Module]) -> Block:
+    return _with_liquid(lambda channels, _, hidden: WithoutCondition(make(channels, hidden)))
 
 
 def _with_mix(make: Callable[[int], nn.Module]) -> Block:
     def block(channels: int, condition_channels: int, ratio: float) -> nn.Module:
-        variant = Variant(channels, condition_channels, AnyWidth(channels, condition_channels, ratio))
+        variant = Variant(
+            channels, condition_channels, ParallelCfC(channels, condition_channels, hidden_width(channels, ratio))
+        )
         variant.mix = make(channels)
         return variant
 
@@ -255,7 +241,7 @@ def _with_backbone(make: Callable[[int], nn.Module]) -> Block:
     """A depthwise convolution in front of the 1x1 that makes the hidden features of the liquid layer."""
 
     def block(channels: int, condition_channels: int, ratio: float) -> nn.Module:
-        layer = AnyWidth(channels, condition_channels, ratio)
+        layer = ParallelCfC(channels, condition_channels, hidden_width(channels, ratio))
         layer.backbone = nn.Sequential(make(channels), layer.backbone)
         return Variant(channels, condition_channels, layer)
 

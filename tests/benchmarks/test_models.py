@@ -98,7 +98,7 @@ def test_a_new_block_is_the_identity(name: str) -> None:
 
 
 def test_the_seed_s_relaxation_is_the_mean_of_the_embedding() -> None:
-    layer = MeanRelaxation(4, 6, ratio=1)
+    layer = MeanRelaxation(4, 6, 4)
     layer.reset_parameters()
     with torch.no_grad():
         layer.log_rate.copy_(torch.tensor([-1.0, 0.0, 1.0, 2.0]))

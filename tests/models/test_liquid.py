@@ -144,7 +144,7 @@ def test_liquid_parts_depend_on_the_condition(what: str) -> None:
 
 @pytest.mark.parametrize("gate", ["static", "none"])
 def test_switched_off_parts_do_not_depend_on_time(gate: str) -> None:
-    layer = ParallelCfC(C, T, 1, gate, "none")  # type: ignore[arg-type]
+    layer = ParallelCfC(C, T, C, gate, "none")  # type: ignore[arg-type]
     x = torch.randn(2, C, 8, 8)
     torch.testing.assert_close(layer(x, torch.randn(2, T)), layer(x, torch.randn(2, T)), atol=0, rtol=0)
 

@@ -78,7 +78,7 @@ class ParallelCfC(nn.Module):
     Args:
         channels: C.
         condition_channels: T.
-        ratio: width of the hidden features over C.
+        hidden: width of the hidden features.
         gate: "liquid" has slope and offset that depend on the time, "static" learned constants, "none" replaces the
             gate by the mean of the two heads.
         relaxation: "liquid" or "none" (the output is the mixture alone).
@@ -88,15 +88,15 @@ class ParallelCfC(nn.Module):
         self,
         channels: int,
         condition_channels: int,
-        ratio: int,
+        hidden: int,
         gate: Gate = "liquid",
         relaxation: Relaxation = "liquid",
     ) -> None:
         super().__init__()
         self.gate = gate
         self.relaxation = relaxation
-        self.backbone = nn.Conv2d(channels, ratio * channels, 1)
-        self.heads = nn.Conv2d(ratio * channels, (2 if gate == "none" else 3) * channels, 1)
+        self.backbone = nn.Conv2d(channels, hidden, 1)
+        self.heads = nn.Conv2d(hidden, (2 if gate == "none" else 3) * channels, 1)
         if gate == "liquid":
             self.time_gate = nn.Linear(condition_channels, 2 * channels)
         elif gate == "static":
@@ -132,7 +132,7 @@ class ParallelCfC(nn.Module):
         return relaxation_weight(self.log_rate.float().exp(), self.time_relaxation(condition))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        z = F.silu(self.backbone(x))  # (B, ratio C, H, W)
+        z = F.silu(self.backbone(x))  # (B, hidden, H, W)
         if self.gate == "none":
             g, h = self.heads(z).chunk(2, dim=1)  # (B, C, H, W) each
             out = (g + h) / 2
@@ -194,7 +194,7 @@ class LiquidBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.modulation = nn.Linear(condition_channels, 6 * channels)
-        self.cfc = ParallelCfC(channels, condition_channels, ratio, gate, relaxation)
+        self.cfc = ParallelCfC(channels, condition_channels, ratio * channels, gate, relaxation)
         self.mix = MultiScaleSpatialMix(channels)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
