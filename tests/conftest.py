@@ -157,6 +157,21 @@ def vae(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def telling_shards() -> str:
+    """Begins a script for `on_two_processes`: shards of two pictures, and who writes each is printed."""
+    return r"""
+import os, sys
+import liquid_diffusion.data.encode as module
+module._SHARD = 2
+write = module.save_file
+def note(tensors, path, metadata):
+    sys.stdout.write(f"rank {os.environ['RANK']} writes {path.name}\n")  # as one piece, into the same pipe
+    write(tensors, path, metadata)
+module.save_file = note
+"""
+
+
+@pytest.fixture
 def on_two_processes(tmp_path: Path) -> Callable[..., str]:
     """Runs a script under torch's launcher as two processes of the CPU; it returns what they print, or fails."""
 

@@ -186,15 +186,7 @@ def test_killed_at_random_20_times_it_ends_with_the_same_bytes(photos: Path, vae
 
 
 TWO = r"""
-import os, sys
-import liquid_diffusion.data.encode as module
 from liquid_diffusion.config import EncodeConfig
-module._SHARD = 2
-write = module.save_file
-def note(tensors, path, metadata):
-    sys.stdout.write(f"rank {os.environ['RANK']} writes {path.name}\n")  # as one piece, into the same pipe
-    write(tensors, path, metadata)
-module.save_file = note
 data, out, codec = sys.argv[1:]
 module.encode(EncodeConfig(data=data, out=out, image_size=16, codec=codec, flip=True, workers=0))
 """
@@ -205,11 +197,12 @@ def test_two_processes_write_what_one_writes(
     photos: Path,
     vae: Path,
     tmp_path: Path,
+    telling_shards: str,
     on_two_processes: Callable[..., str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A real launch on two processes, which share the shards; one of them speaks."""
-    said = on_two_processes(TWO, photos, tmp_path / "two", vae)
+    said = on_two_processes(telling_shards + TWO, photos, tmp_path / "two", vae)
     assert said.count("held out) by") == said.count("Done:") == 1
     assert [said.count(f"rank {rank} writes") for rank in (0, 1)] == [6, 5]
     monkeypatch.setattr(module, "_SHARD", 2)
