@@ -127,7 +127,7 @@ def sd_vae_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_pipeline() -> Callable[..., LiquidDiffusionPipeline]:
     """Makes pipelines of tiny models, with or without classes and an autoencoder."""
 
-    def build(classes: int = 2, with_vae: bool = False, image_size: int = 16) -> LiquidDiffusionPipeline:
+    def build(classes: int = 2, with_vae: bool = False, image_size: int | list[int] = 16) -> LiquidDiffusionPipeline:
         """A tiny model of random weights, which no longer predicts zero."""
         vae = None
         if with_vae:

@@ -73,18 +73,20 @@ def test_posterior_is_drawn_from_the_generator() -> None:
 @pytest.mark.usefixtures("exact_codec")
 def test_decoding_goes_on_in_tiles_when_the_memory_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     codec = AutoencoderCodec(tiny_vae(), "x")
-    decode, fails = codec.vae.decode, [True]
+    decode, fails, tiled = codec.vae.decode, [True], []
 
     def full(z: torch.Tensor) -> object:
         if fails.pop() if fails else False:
             raise torch.OutOfMemoryError("CUDA out of memory")
+        tiled.append(codec.vae.use_tiling)
         return decode(z)
 
     monkeypatch.setattr(codec.vae, "decode", full)
     latents = torch.randn(2, 4, 8, 8)
     images = codec.decode(latents)
-    assert codec.vae.use_tiling
-    assert not codec.vae.use_slicing  # only while decoding
+    assert tiled == [True]
+    assert not codec.vae.use_tiling  # or pictures would be encoded in tiles from now on
+    assert not codec.vae.use_slicing
     torch.testing.assert_close(images, decode(latents).sample.clamp(-1, 1), atol=1e-4, rtol=1e-4)
 
 

@@ -92,6 +92,11 @@ def test_class_names() -> None:
             pipeline.labels(wrong, 3)
     with pytest.raises(UserError, match="2 classes were given for 3 pictures"):
         pipeline.labels(["cat", "dog"], 3)
+    cased = make()
+    cased.register_to_config(label_names=["A", "a"])
+    found = cased.labels(["a", "A", "a"], 3)
+    assert found is not None
+    assert found.tolist() == [1, 0, 1]  # as it is written goes before any case
     assert make(classes=0).labels(None, 3) is None
     with pytest.raises(UserError, match="has no classes"):
         make(classes=0).labels("cat", 3)

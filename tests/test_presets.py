@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from liquid_diffusion.config import TrainConfig
-from liquid_diffusion.presets import resolve
+from liquid_diffusion.config import EncodeConfig, TrainConfig
+from liquid_diffusion.presets import resolve, resolve_encoding
 
 
 def test_a_gpu_gets_more_than_a_cpu() -> None:
@@ -29,6 +30,35 @@ def test_blocks_are_compiled_where_it_pays(changes: dict[str, Any], device: str,
     assert resolve(TrainConfig(**changes), device).compile is expected
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"image_size": 256}, True),
+        ({"image_size": 64}, False),  # pixels
+        ({"image_size": 256, "crop": "random"}, False),
+        ({"image_size": 256, "streaming": True}, False),
+        ({"image_size": 256, "cache_latents": False}, False),
+        ({"image_size": 256, "cache_latents": "there"}, "there"),
+    ],
+)
+def test_latents_are_encoded_once_where_they_can_be(changes: dict[str, Any], expected: bool | str) -> None:
+    assert resolve(TrainConfig(**changes), "cpu").cache_latents == expected
+
+
+def test_what_lies_here_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pets").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for said, expected in (
+        ("pets/", tmp_path / "pets"),
+        ("../" + tmp_path.name + "/pets", tmp_path / "pets"),
+        ("pets/*.parquet", tmp_path / "pets/*.parquet"),
+        ("someone/pets", "someone/pets"),  # an id of the Hub
+        ("emoji", "emoji"),
+    ):
+        assert resolve(TrainConfig(data=said), "cpu").data == str(expected)
+        assert resolve_encoding(EncodeConfig(data=said)).data == str(expected)
+
+
 def test_own_pictures() -> None:
     config = resolve(TrainConfig(data="/a/my_photos", image_size=256), "cuda")
     assert (config.codec, config.flip, config.out) == ("sd-vae", True, "runs/my_photos-256")
@@ -36,8 +66,9 @@ def test_own_pictures() -> None:
 
 def test_what_was_said_stays() -> None:
     said = TrainConfig(
-        image_size=64, codec="taesd", model="base", steps=7, batch_size=3, flip=True, out="x", lr=0.5, compile=True
-    )
+        image_size=64, codec="taesd", model="base", steps=7, batch_size=3, flip=True, out="x", lr=0.5, compile=True,
+        cache_latents="there",
+    )  # fmt: skip
     config = resolve(said, "cpu")
     for name, value in vars(said).items():
         assert getattr(config, name) == value

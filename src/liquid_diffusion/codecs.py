@@ -182,7 +182,7 @@ class AutoencoderCodec(_Normalised):
         hook = getattr(self.vae, "_hf_hook", None)  # of an offloaded one: it computes elsewhere than it lies
         device = self.vae.device if hook is None else hook.execution_device
         z = self._denormalise(latents.float()).to(device, self.vae.dtype)
-        slicing = self.vae.use_slicing
+        slicing, tiling = self.vae.use_slicing, self.vae.use_tiling
         self.vae.enable_slicing()  # a grid of 72 pictures at once would take 13 GB at 256 px
         try:
             with self._arithmetic(z.device):
@@ -192,7 +192,8 @@ class AutoencoderCodec(_Normalised):
                     self.vae.enable_tiling()
                     images = self.vae.decode(z).sample
         finally:
-            self.vae.use_slicing = slicing  # encoding takes whole batches, if nobody wants otherwise
+            # encoding takes whole batches and pictures, if nobody wants otherwise
+            self.vae.use_slicing, self.vae.use_tiling = slicing, tiling
         return images.float().clamp(-1, 1)
 
     def _decode(self, z: Tensor) -> Tensor | None:

@@ -64,8 +64,10 @@ class TrainConfig:
         "center", "center; random: 0.8 to 1 of the largest crop, from anywhere; or pad: the whole picture on white"
     )
     buckets: bool = _option(False, "keep aspect ratios up to 1:2: a few shapes of about image_size^2 pixels")
-    cache_latents: bool | str = _option(
-        False, "train on latents encoded once: true keeps them in RUN/latents; or a folder written by encode"
+    cache_latents: bool | str | None = _option(
+        None,
+        "train on latents encoded once: true keeps them in RUN/latents; or a folder written by encode (default: true "
+        "with an autoencoder, but for random crops and streams)",
     )
     val_fraction: float = _option(0.05, "share of the pictures held out: never trained on, for evaluation")
     image_column: str | None = _option(None, "column of the pictures in a table (default: by the columns' types)")
@@ -118,6 +120,7 @@ class RunConfig(TrainConfig):
     batch_size: int = 0
     lr: float = 0.0
     compile: bool = False
+    cache_latents: bool | str = False
     flip: bool = False
 
 
@@ -202,7 +205,7 @@ class EstimateConfig:
     image_size: int = _option(256, "side of the square pictures")
     batch_size: int = _option(8, "pictures of an optimiser step")
     codec: str = _option("sd-vae", "pixels or sd-vae")
-    cache_latents: bool = _option(False, "train on cached latents: the autoencoder comes in for grids only")
+    cache_latents: bool = _option(True, "train on cached latents: the autoencoder comes in for grids only")
     num_classes: int = _option(0, "number of classes")
     precision: Literal["bf16", "fp16", "fp32"] = _option("bf16", "arithmetic of the device")
     gradient_checkpointing: bool = _option(False, "compute activations twice, to save memory")
@@ -215,8 +218,6 @@ class EstimateConfig:
                 raise UserError(f"{name} must be at least 1, not {getattr(self, name)}.")
         if self.codec not in ("pixels", "sd-vae"):
             raise UserError(f"An estimate knows the codecs pixels and sd-vae, not {self.codec!r}.")
-        if self.cache_latents and self.codec == "pixels":
-            raise UserError("The codec pixels costs nothing, there is nothing to cache: leave out --cache-latents.")
         if self.gpu_memory is not None and self.gpu_memory <= 0:
             raise UserError(f"gpu_memory must be above 0, not {self.gpu_memory}.")
 

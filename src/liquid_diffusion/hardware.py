@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from datetime import timedelta
 
 import torch
 from accelerate import PartialState
@@ -15,6 +16,9 @@ from liquid_diffusion.config import UserError
 # glibc's <malloc.h>: memory of at least this size comes from its own mapping; the heap's end is given back from this on
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST_HEAP_BLOCK = 32 * 2**20
+# Of processes for each other: one that has encoded its part waits for the slowest. One that died is noticed by the
+# launcher, whatever this says.
+_PATIENCE = timedelta(hours=12)
 
 
 def process_state() -> PartialState:
@@ -23,7 +27,7 @@ def process_state() -> PartialState:
     accelerate looks for other processes without an accelerator only if it is told that the CPU is meant.
     """
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    return PartialState(cpu=cpu)
+    return PartialState(cpu=cpu, timeout=_PATIENCE)
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:

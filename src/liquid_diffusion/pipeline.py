@@ -182,12 +182,14 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
             class_labels = [class_labels] * batch_size
         if len(class_labels) != batch_size:
             raise UserError(f"{len(class_labels)} classes were given for {batch_size} pictures.")
-        lowered = [name.lower() for name in names]
+        by_name = {name.lower(): number for number, name in reversed(list(enumerate(names)))}
+        by_name |= {name: number for number, name in enumerate(names)}  # as it is written goes before any case
         numbers = []
         for label in class_labels:
-            text = str(label).strip().lower()
-            if isinstance(label, str) and text in lowered:
-                numbers.append(lowered.index(text))
+            text = str(label).strip()
+            number = by_name.get(text, by_name.get(text.lower())) if isinstance(label, str) else None
+            if number is not None:
+                numbers.append(number)
             elif text.isdecimal() and int(text) < len(names):
                 numbers.append(int(text))
             else:

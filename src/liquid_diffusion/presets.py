@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from liquid_diffusion.config import EncodeConfig, RunConfig, TrainConfig, UNetConfig, UserError
+from liquid_diffusion.data.registry import find_facts
 
 FACTORS = {"pixels": 2, "sd-vae": 8}  # pixels a side for one latent, of the codecs known by name before they are made
 _STEPS_TO_COMPILE_FOR = 1000  # nano saved 60 ms in each on two cores, where compiling took 45 s
@@ -79,6 +81,7 @@ def resolve(config: TrainConfig, device: str) -> RunConfig:
     preset(model)
     steps = config.steps or ((2000 if cpu else 4000) if emoji else (4000 if cpu else 20000))
     decided: dict[str, Any] = {
+        "data": _place(config.data),
         "out": config.out or f"runs/{_name(config.data)}-{image_size}",
         "image_size": image_size,
         "codec": codec,
@@ -93,9 +96,18 @@ def resolve(config: TrainConfig, device: str) -> RunConfig:
         "compile": cpu and steps >= _STEPS_TO_COMPILE_FOR and not config.buckets
         if config.compile is None
         else config.compile,
+        "cache_latents": codec != "pixels" and config.crop != "random" and not config.streaming
+        if config.cache_latents is None
+        else config.cache_latents,
         "flip": _flip(config.data, config.flip),
     }
     return RunConfig(**{**asdict(config), **decided})
+
+
+def _place(data: str) -> str:
+    """A folder, file or pattern of files of this machine by its whole path, so that it is found from any folder."""
+    path = Path(data).expanduser()
+    return str(path.resolve()) if find_facts(data) is None and (path.exists() or glob.has_magic(data)) else data
 
 
 def _flip(data: str, wanted: bool | None) -> bool:
@@ -110,4 +122,4 @@ def _name(data: str) -> str:
 def resolve_encoding(config: EncodeConfig) -> EncodeConfig:
     """An encoding in which nothing is left open."""
     out = config.out or f"latents/{_name(config.data)}-{config.image_size}"
-    return replace(config, out=out, flip=_flip(config.data, config.flip))
+    return replace(config, data=_place(config.data), out=out, flip=_flip(config.data, config.flip))

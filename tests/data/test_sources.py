@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
 import shutil
@@ -10,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import PIL.features
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image, ImageFile
 
 from liquid_diffusion.config import UserError
 from liquid_diffusion.data.registry import DATASETS
-from liquid_diffusion.data.sources import BadPictureError, EmojiSource, FolderSource, open_source
+from liquid_diffusion.data.sources import BadPictureError, EmojiSource, FolderSource, open_shards, open_source
 from liquid_diffusion.data.tables import decode
 
 
@@ -56,6 +57,25 @@ def test_folder_without_classes(photos: Path) -> None:
     assert FolderSource(photos / "cat").label_names == []
 
 
+def test_what_is_hidden_is_no_picture(photos: Path) -> None:
+    """What macOS, Jupyter and editors leave beside pictures, which would else be classes of their own."""
+    for path in ("__MACOSX/cat/01.png", ".ipynb_checkpoints/01.png", "cat/._01.png", "dog/.trash/01.png"):
+        (photos / path).parent.mkdir(exist_ok=True, parents=True)
+        shutil.copy(photos / "cat" / "01.png", photos / path)
+    source = open_source(str(photos))
+    assert (len(source), source.label_names) == (24, ["cat", "dog"])
+    hidden = photos.rename(photos.parent / ".photos")  # what lies above does not count
+    assert len(open_source(str(hidden))) == 24
+
+
+def test_a_name_that_is_a_folder_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "flowers").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for opened in (open_source, open_shards):
+        with pytest.raises(UserError, match=r"a data set of the Hub and a folder here; say .*/.* or \./flowers\."):
+            opened("flowers")
+
+
 def test_table(photos: Path, tmp_path: Path) -> None:
     """A `datasets` table on the disk: the columns are found by their types, a broken picture is only itself broken."""
     paths = sorted(photos.rglob("*.png"))
@@ -92,6 +112,14 @@ def test_saved_splits_and_columns_where_there_are_none(photos: Path, tmp_path: P
     for data in ("emoji", str(photos)):
         with pytest.raises(UserError, match="is no table and has no column 'kind'"):
             open_source(data, label_column="kind")
+
+
+def test_labels_that_are_no_single_values(photos: Path, tmp_path: Path) -> None:
+    content = {"image": [str(photos / "cat" / "01.png")], "tags": [["small", "black"]]}
+    features = Features({"image": ImageFeature(), "tags": List(Value("string"))})
+    Dataset.from_dict(content, features=features).save_to_disk(tmp_path / "table")
+    with pytest.raises(UserError, match=r"column 'tags' of .* holds no single values"):
+        open_source(str(tmp_path / "table"), label_column="tags")
 
 
 def test_table_without_pictures(tmp_path: Path) -> None:
@@ -167,6 +195,16 @@ def animated(kind: str) -> bytes:
     return stored(kind, save_all=True, append_images=[blue], duration=100, lossless=True)
 
 
+# The same picture as a phone stores it (HEVC), made by pillow-heif, which can write it; the package only reads.
+HEIC = base64.b85decode(
+    "0000SW^{RQXk}?*00000ZE0pPXk}?*ZE0a<0004eZDn*}000000000XXk=`10000000000aA{+700000000000000000000B57=IV*mgE07O6l"
+    "0RRC200001pa1~?00000001=r001LtX>Mi!000000RR916=`l}WdZ;I000310BCk&F#rGn01j|zbZr0t000010002|X>f9I0002oX>en20001W"
+    "Xm(>m0RwOV0058x000009`FGC{rLC*01pFT0096PKmiN^|NjGU00093kN^M!000939=ZZRVE_RDDMA4O18@KU0|1Z!00RI30{|YNAb|yz>aLpR"
+    ";31&EfB*mtfB*mk0EA)y0RRR>0l{;@i2wiq6Ju{|a&BX6cmM$a4FCp!0000KX>)L8000000000$0000$0000eV{Bn?0000O000010000G00001"
+    "|NsBk00002|NsBc000020000GaA|mH000000|*ER0000OX>e^}0000000001009Mo0s{qv0000zZDe6|0000nC;_hqG8RWPi6HR5r%(NMpV@xN"
+    "HnUqNt`YiU$K<z=k)HHldl*vXJai!RoKv~YfB"
+)
+
 PICTURES = {
     "grey.png": (stored("PNG", 77, "L"), (77, 77, 77)),
     "palette.png": (stored("PNG", 3, "P"), None),
@@ -180,6 +218,7 @@ PICTURES = {
     "moving.webp": (animated("WEBP"), (200, 30, 90)),
     "moving.gif": (animated("GIF"), (200, 30, 90)),
     "moving.png": (animated("PNG"), (200, 30, 90)),
+    "phone.HEIC": (HEIC, (200, 30, 90)),
     "scan.tiff": (stored("TIFF"), (200, 30, 90)),
     "bits.bmp": (stored("BMP"), (200, 30, 90)),
     "really-a-png.jpg": (stored("PNG"), (200, 30, 90)),

@@ -15,6 +15,7 @@ from scipy.spatial import geometric_slerp
 
 from liquid_diffusion.config import SampleConfig, UserError
 from liquid_diffusion.demo.drawing import check, draw, morph, most_pictures, path, slerp
+from liquid_diffusion.demo.serve import Demo
 from liquid_diffusion.generate import draw_pictures
 from liquid_diffusion.pipeline import LiquidDiffusionPipeline
 
@@ -39,6 +40,17 @@ def test_the_last_frame_is_what_sample_draws(make_pipeline: Make, classes: int, 
     assert [frame.last for frame in frames] == [False] * (len(frames) - 1) + [True]
     # each step of pixels is seen, of 7 steps through an autoencoder every second one and the last
     assert [frame.index for frame in frames] == ([1, 3, 5, 6] if with_vae else list(range(7)))
+
+
+def test_pictures_that_are_not_square(make_pipeline: Make) -> None:
+    """A model of buckets tells the shape of most of its pictures, and draws it."""
+    pipeline = make_pipeline(image_size=[16, 32])
+    *_, last = draw(pipeline, replace(WISH, n=2, steps=1))
+    assert [image.size for image in last.pictures] == [(32, 16)] * 2
+    assert "32 x 16 px" in Demo(pipeline, "runs/wide").head()
+    assert most_pictures(make_pipeline(image_size=[1024, 1024])) == 1
+    with pytest.raises(UserError, match=r"up to 1024 px, and this model's have 2048 x 1024"):
+        most_pictures(make_pipeline(image_size=[1024, 2048]))
 
 
 def test_the_two_views_agree_at_the_end_alone(make_pipeline: Make) -> None:

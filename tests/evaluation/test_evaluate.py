@@ -120,6 +120,7 @@ def test_mistakes(run: Path, arguments: list[str], words: str, tmp_path: Path, c
     error = capsys.readouterr().err
     assert words in error
     assert "Traceback" not in error
+    assert not (tmp_path / "x.json").exists()  # a model card would read it
 
 
 def test_runs_without_known_or_held_out_pictures(run: Path, pictures: Path, tmp_path: Path, capsys: Capture) -> None:

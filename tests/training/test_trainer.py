@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -260,6 +261,20 @@ def test_data_that_changed_is_not_gone_on_with(quick: Make, photos: Path) -> Non
         Trainer(quick(data=str(photos)))
 
 
+def test_a_folder_that_was_moved_is_gone_on_with(
+    quick: Make, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With all that lies around it; said from another folder too; but not with another one of the same name."""
+    Trainer(quick(data=str(photos))).save()
+    (tmp_path / "elsewhere").mkdir()
+    moved = photos.rename(tmp_path / "elsewhere" / photos.name)
+    monkeypatch.chdir(tmp_path)
+    Trainer(quick(data=f"elsewhere/{photos.name}/"))
+    shutil.rmtree(moved / "dog")
+    with pytest.raises(UserError, match="has changed since"):
+        Trainer(quick(data=str(moved)))
+
+
 def test_more_steps_go_on(quick: Make) -> None:
     Trainer(quick(steps=2)).run()
     longer = Trainer(quick(steps=3))
@@ -295,8 +310,20 @@ def test_another_machine_is_said_in_words(quick: Make) -> None:
         changed = json.loads(json.dumps(facts))
         changed["facts"]["machine"][name] = value
         manifest.write_text(json.dumps(changed))
-        with pytest.raises(UserError, match=f"was trained with {name} {value}, here it would be"):
+        mend = "say --precision fp16 to go on with it" if name == "precision" else "go on where it was started"
+        with pytest.raises(UserError, match=f"was trained with {name} {value}, here it would be .*; {mend}"):
             Trainer(quick(precision="auto"))
+
+
+def test_the_precision_that_was_chosen_can_be_said(quick: Make) -> None:
+    """On a machine where `auto` is another one."""
+    chosen = Trainer(quick(precision="auto"))
+    chosen.save()
+    said = {"no": "fp32"}.get(chosen.accelerator.mixed_precision, chosen.accelerator.mixed_precision)
+    Trainer(quick(precision=said))
+    other = "bf16" if said == "fp32" else "fp32"
+    with pytest.raises(UserError, match=f"say --precision {said} to go on"):
+        Trainer(quick(precision=other))
 
 
 def test_wrong_size(quick: Make, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ whatever number of processes shared it.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -53,11 +54,8 @@ class _Shard:
 
 def settings(config: EncodeConfig | RunConfig, codec: AutoencoderCodec) -> dict[str, Any]:
     """What decides about the latents, JSON-able: two encodings with equal settings can stand for each other."""
-    names = ("image_size", "codec", "crop", "buckets", "flip", "val_fraction", "image_column", "label_column")
-    found = {name: getattr(config, name) for name in names}
-    folder = Path(config.data).expanduser()
-    data = str(folder.resolve()) if folder.is_dir() else config.data
-    return {"data": data, **found, "codec_sha256": codec.fingerprint()}
+    names = ("data", "image_size", "codec", "crop", "buckets", "flip", "val_fraction", "image_column", "label_column")
+    return {name: getattr(config, name) for name in names} | {"codec_sha256": codec.fingerprint()}
 
 
 def encoding_of(run: RunConfig, folder: Path) -> EncodeConfig:
@@ -196,10 +194,12 @@ class Encoding:
     @property
     def bytes_to_write(self) -> int:
         """What the missing shards will take, within a thousandth."""
-        kinds = (2 if self.codec.is_random else 1) * (2 if self.config.flip else 1)
-        area = self.config.image_size // self.codec.factor
-        pictures = sum(len(shard.indices) for shard in self._shards if shard.file not in self._done)
-        return pictures * (kinds * self.codec.channels * area**2 * 2 + 8)
+        missing = [shard for shard in self._shards if shard.file not in self._done]
+        values = (2 if self.codec.is_random else 1) * (2 if self.config.flip else 1) * self.codec.channels  # of a place
+        places = sum(
+            len(shard.indices) * math.prod(side // self.codec.factor for side in shard.shape) for shard in missing
+        )
+        return 2 * values * places + 8 * sum(len(shard.indices) for shard in missing)
 
     @property
     def finished(self) -> bool:

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import resources
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import TYPE_CHECKING, Protocol
 
+import pi_heif
 from PIL import Image
 
 from liquid_diffusion.config import UserError
-from liquid_diffusion.data.registry import find_facts
+from liquid_diffusion.data.registry import DatasetFacts, find_facts
 from liquid_diffusion.data.transforms import to_rgb
 
 if TYPE_CHECKING:
     from liquid_diffusion.data.shards import Shards
 
-PICTURE_ENDINGS = frozenset(
-    (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
-)
+_KINDS = ("png", "jpg", "jpeg", "jfif", "webp", "avif", "heic", "heif", "gif", "bmp", "tif", "tiff", "ppm", "pgm")
+PICTURE_ENDINGS = frozenset(f".{kind}" for kind in _KINDS)
+pi_heif.register_heif_opener()  # Pillow itself can't read what phones write
+
+
+def is_picture(path: PurePath) -> bool:
+    """Whether a path, inside its folder or archive, is that of a picture.
+
+    By its ending; and nothing hidden is one, nor what macOS and Jupyter put beside pictures.
+    """
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+    return path.suffix.lower() in PICTURE_ENDINGS and not hidden
 
 
 class BadPictureError(Exception):
@@ -77,7 +87,7 @@ class FolderSource:
         if not folder.is_dir():
             raise UserError(f"There is no folder {folder}.")
         self.folder = folder
-        self.paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURE_ENDINGS and p.is_file())
+        self.paths = sorted(p for p in folder.rglob("*") if is_picture(p.relative_to(folder)) and p.is_file())
         if not self.paths:
             raise UserError(f"There are no pictures in {folder}.")
         self.label_names, self._labels = classes_of([path.relative_to(folder).parts for path in self.paths])
@@ -126,6 +136,18 @@ class EmojiSource(FolderSource):
                 self._labels.append(self.label_names.index(emoji.category))
 
 
+def _known(data: str) -> DatasetFacts | None:
+    """What is known of a data set of the Hub called `data`.
+
+    Raises:
+        UserError: a folder here is called the same.
+    """
+    facts = find_facts(data)
+    if facts is not None and data != "emoji" and Path(data).is_dir():
+        raise UserError(f"{data} is a data set of the Hub and a folder here; say {facts.hub_id} or ./{data}.")
+    return facts
+
+
 def open_source(data: str, image_column: str | None = None, label_column: str | None = None) -> Source:
     """The source called `data`.
 
@@ -146,7 +168,7 @@ def open_source(data: str, image_column: str | None = None, label_column: str | 
     from liquid_diffusion.data.tables import TableSource
     from liquid_diffusion.data.zips import ZipSource
 
-    facts = find_facts(data)
+    facts = _known(data)
     if facts is None and (table := hub.open_local_table(data)) is not None:
         return TableSource(table, data, image_column, label_column)
     if columns and (data == "emoji" or (facts is None and path.is_dir())):
@@ -172,7 +194,7 @@ def open_shards(data: str, image_column: str | None = None, label_column: str | 
         return None
     from liquid_diffusion.data import hub, shards, zips
 
-    facts = find_facts(data)
+    facts = _known(data)
     if facts is None and (parquet := hub.parquet_files(data)):
         return shards.ParquetShards(parquet, data, image_column, label_column)
     if facts is None and Path(data).expanduser().is_dir():

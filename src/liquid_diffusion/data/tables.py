@@ -22,7 +22,7 @@ class Columns:
         features: `datasets.Features` of the table.
         origin: what the table is called.
         image: name of the column of pictures; the first that is one where nothing is said.
-        label: name of the column of labels, of any type; the first `ClassLabel` where nothing is said.
+        label: name of the column of labels, of any single values; the first `ClassLabel` where nothing is said.
         values: gives all values of a column, asked for where the labels are no `ClassLabel`.
 
     Attributes:
@@ -31,7 +31,7 @@ class Columns:
         label_names: names of the classes.
 
     Raises:
-        UserError: there is no such column, or none that holds pictures.
+        UserError: there is no such column, none that holds pictures, or none of labels that could be classes.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Columns:
         label: str | None,
         values: Callable[[str], Iterable[Any]],
     ) -> None:
-        from datasets import ClassLabel
+        from datasets import ClassLabel, Value
 
         for name in (image, label):
             if name is not None and name not in features:
@@ -62,6 +62,8 @@ class Columns:
             self.label_names = list(features[self.label].names)
             self._numbers = {number: number for number in range(len(self.label_names))}
         elif self.label is not None:
+            if not isinstance(features[self.label], Value):
+                raise UserError(f"The column {self.label!r} of {origin} holds no single values and can't be a label.")
             distinct = sorted({value for value in values(self.label) if value is not None})
             self.label_names = [str(value) for value in distinct]
             self._numbers = {value: number for number, value in enumerate(distinct)}

@@ -14,7 +14,7 @@ from PIL import Image
 from liquid_diffusion.config import UserError
 from liquid_diffusion.data.ranged import RangedFile, in_words
 from liquid_diffusion.data.shards import FILES_OF_A_CHUNK, Chunk, Rows
-from liquid_diffusion.data.sources import PICTURE_ENDINGS, BadPictureError, classes_of
+from liquid_diffusion.data.sources import BadPictureError, classes_of, is_picture
 from liquid_diffusion.data.tables import decode
 
 
@@ -94,8 +94,7 @@ class ZipShards:
         return [
             _Entry(info.filename, info.header_offset, stop, info)
             for info, stop in zip(infos, stops, strict=True)
-            if PurePosixPath(info.filename).suffix.lower() in PICTURE_ENDINGS
-            and not info.filename.startswith("__MACOSX/")
+            if is_picture(PurePosixPath(info.filename))
         ]
 
     def name(self, chunk: Chunk, index: int) -> str:

@@ -20,7 +20,6 @@ MOST_STEPS = 100
 MOST_GUIDANCE = 20.0
 MOST_PICTURES = 64
 _MOST_PIXELS = 2**20  # of all pictures of one request together: 16 of 256 px
-_MOST_SIDE = 1024
 _PREVIEWS_THROUGH_A_VAE = 5  # decoding takes longer than the step; the last picture counts among them
 
 View = Literal["state", "prediction"]
@@ -56,10 +55,13 @@ def most_pictures(pipeline: LiquidDiffusionPipeline) -> int:
     Raises:
         UserError: even one picture is too large to be drawn in a browser's request.
     """
-    side = pipeline.config["image_size"]
-    if side > _MOST_SIDE:
-        raise UserError(f"The demo draws pictures up to {_MOST_SIDE} px, and this model has {side} px; use `sample`.")
-    return min(MOST_PICTURES, _MOST_PIXELS // side**2)
+    height, width = pipeline.usual_shape
+    if height * width > _MOST_PIXELS:
+        raise UserError(
+            f"The demo draws pictures up to {math.isqrt(_MOST_PIXELS)} px, and this model's have {width} x {height}; "
+            "use `sample`."
+        )
+    return min(MOST_PICTURES, _MOST_PIXELS // (height * width))
 
 
 def check(pipeline: LiquidDiffusionPipeline, config: SampleConfig) -> None:
@@ -143,7 +145,8 @@ def slerp(a: Tensor, b: Tensor, share: float) -> Tensor:
     ``sin((1 - s) w) / sin(w) a + sin(s w) / sin(w) b`` with w the angle between them (Shoemake, SIGGRAPH 1985).
     Gaussian noise lies near a sphere, which a straight line between two points of it leaves.
     """
-    cosine = torch.nn.functional.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0)
+    one, other = (noise.flatten().cpu().double() for noise in (a, b))  # MPS has no float64
+    cosine = torch.nn.functional.cosine_similarity(one, other, dim=0)
     angle = math.acos(max(-1.0, min(1.0, cosine.item())))
     if math.sin(angle) < 1e-6:  # the same direction: any way between them is straight
         return torch.lerp(a, b, share)

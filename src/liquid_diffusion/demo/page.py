@@ -36,7 +36,7 @@ CSS = """
                margin-top: .6rem; }
 .ld-pictures.ld-few { grid-template-columns: repeat(auto-fit, minmax(min(12rem, 44%), 20rem)); }
 .ld-card { margin: 0; }
-.ld-card img, .ld-strip img, .ld-morph img { display: block; width: 100%; aspect-ratio: 1; border-radius: .35rem;
+.ld-card img, .ld-strip img, .ld-morph img { display: block; width: 100%; border-radius: .35rem;
                                               box-shadow: 0 0 0 1px var(--border-color-primary); }
 .ld-card figcaption { padding-top: .15rem; font-size: .8rem; line-height: 1.3; color: var(--body-text-color); }
 .ld-card figcaption div { display: flex; justify-content: space-between; color: var(--body-text-color-subdued); }

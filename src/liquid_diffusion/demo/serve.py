@@ -165,9 +165,9 @@ class Demo:
 
     def head(self) -> str:
         """Title and explanation, as HTML."""
-        config = self.pipeline.config
         millions = sum(parameter.numel() for parameter in self.pipeline.unet.parameters()) / 1e6
-        facts = [f"{millions:.1f} M parameters", f"{config['image_size']} px"]
+        height, width = self.pipeline.usual_shape
+        facts = [f"{millions:.1f} M parameters", f"{width} px" if height == width else f"{width} x {height} px"]
         if self.names:
             facts.append(f"{len(self.names)} classes")
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, yaml.YAMLError):

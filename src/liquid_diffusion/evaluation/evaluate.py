@@ -19,7 +19,7 @@ from liquid_diffusion.data.sources import open_source
 from liquid_diffusion.data.transforms import Shape, to_float, to_pil, to_uint8
 from liquid_diffusion.evaluation.features import extract, make_features
 from liquid_diffusion.evaluation.memorisation import WORST_PAIRS, Nearness, draw_pairs
-from liquid_diffusion.evaluation.metrics import LinearClassifier, compare, nearest_rows
+from liquid_diffusion.evaluation.metrics import LEAST_PICTURES, LinearClassifier, compare, nearest_rows
 from liquid_diffusion.evaluation.nearest import nearest_pictures
 from liquid_diffusion.evaluation.reference import CachedFeatures, RunPictures, labels_of, pictures_of_run
 from liquid_diffusion.evaluation.report import table
@@ -127,6 +127,11 @@ def measure(run: str | None, config: EvaluateConfig) -> tuple[dict[str, Any], Im
     extractor = make_features(config.features, device)
     known = pictures_of_run(folder, *shape)
     reference = _reference(config.reference, known, shape, folder)
+    if min(len(reference), config.n) < LEAST_PICTURES:
+        raise UserError(
+            f"A comparison needs at least {LEAST_PICTURES} pictures on each side, not {len(reference)} real ones and "
+            f"{config.n} samples; --reference train or all has more."
+        )
     cached = CachedFeatures(extractor, device)
 
     labels = None
@@ -166,10 +171,16 @@ def evaluate(run: str | None, config: EvaluateConfig, as_json: bool = False) -> 
     out = Path(config.out).expanduser()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        fresh = not out.exists()
         out.touch()  # to fail before the work and not after it
     except OSError as error:
         raise UserError(f"{out} can't be written to: {error.strerror}.") from error
-    facts, pairs = measure(run, config)
+    try:
+        facts, pairs = measure(run, config)
+    except BaseException:  # Ctrl-C is one
+        if fresh:
+            out.unlink()  # an empty file would be taken for figures by the model card
+        raise
     if pairs is not None:
         facts["nearest_pairs"] = str(out.with_name(f"{out.stem}-nearest.png"))
         pairs.save(facts["nearest_pairs"])

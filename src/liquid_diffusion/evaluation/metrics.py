@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from liquid_diffusion.config import UserError
 
 _ROWS = 1024  # of a matrix of distances computed at once
-_LEAST = 4  # pictures that a distance can be told from
+LEAST_PICTURES = 4  # pictures that a distance can be told from
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Estimate:
 
 
 def _check(*sets: Tensor) -> None:
-    if any(len(features) < _LEAST for features in sets):
-        raise UserError(f"A comparison needs at least {_LEAST} pictures on each side.")
+    if any(len(features) < LEAST_PICTURES for features in sets):
+        raise UserError(f"A comparison needs at least {LEAST_PICTURES} pictures on each side.")
 
 
 def _torchmetrics(metric: str) -> ModuleType:

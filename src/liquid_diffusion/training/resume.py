@@ -10,10 +10,11 @@ from accelerate import Accelerator
 
 from liquid_diffusion.config import RunConfig, TrainConfig, UserError
 
-# What a run that goes on may change; all else would make it another run.
+# What a run that goes on may change; all else would make it another run. The precision that `auto` stands for is one of
+# the machine's facts: saying it is how a run begun in fp16 goes on where bf16 would be chosen.
 _FREE = frozenset(
     ("out", "steps", "lr", "checkpoint_every", "sample_every", "log_every", "workers", "cache_latents", "ema_on_cpu")
-) | {"compile", "push_to_hub", "hub_private"}
+) | {"compile", "precision", "push_to_hub", "hub_private"}
 
 
 def machine_facts(accelerator: Accelerator) -> dict[str, Any]:
@@ -39,17 +40,25 @@ def check_same_run(folder: Path, before: dict[str, Any], config: RunConfig, acce
     """
     settings = {field.name: field.default for field in fields(TrainConfig)} | before["config"]  # it may be older
     for name, value in asdict(config).items():
-        if name not in _FREE and settings[name] != value:
+        if name not in _FREE and settings[name] != value and not (name == "data" and _moved(settings[name], value)):
             raise UserError(
                 f"{folder} was trained with {name} {settings[name]}, not {value}; "
                 f"say --{name.replace('_', '-')} {settings[name]} to go on with it, or choose another --out."
             )
     for name, value in machine_facts(accelerator).items():
-        if before["machine"][name] != value:
+        then = before["machine"][name]
+        if then != value:
+            flag = {"no": "fp32"}.get(then, then)  # accelerate's word for it
+            mend = f"say --precision {flag} to go on with it" if name == "precision" else "go on where it was started"
             raise UserError(
-                f"{folder} was trained with {name} {before['machine'][name]}, here it would be {value}; "
-                f"go on where it was started, or choose another --out."
+                f"{folder} was trained with {name} {then}, here it would be {value}; {mend}, or choose another --out."
             )
+
+
+def _moved(before: str, now: str) -> bool:
+    """Whether one folder of pictures can be the other, moved; `check_same_data` looks into it."""
+    then, here = Path(before), Path(now)
+    return then.is_absolute() and here.is_absolute() and then.name == here.name
 
 
 def check_same_data(checkpoint: Path, before: dict[str, Any], data: str, pictures: int, label_names: list[str]) -> None:

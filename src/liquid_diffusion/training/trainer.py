@@ -268,7 +268,8 @@ class Trainer:
         def step_on_zeros() -> None:
             x = torch.zeros(count, self.codec.channels, height, width, device=device)
             t, labels = torch.zeros(count, device=device), torch.zeros(count, dtype=torch.long, device=device)
-            self.accelerator.backward(self.wrapped(x, t, labels if self.dataset.label_names else None).sample.sum())
+            # by the model itself: a try that fails in one process must not leave the others waiting for its gradients
+            self.accelerator.backward(self.model(x, t, labels if self.dataset.label_names else None).sample.sum())
 
         main = self.accelerator.is_main_process
         if main:
@@ -326,10 +327,10 @@ class Trainer:
                     bar.set_postfix(loss=f"{values['loss']:.3f}", images_s=f"{values['images_per_second']:.0f}")
                     if log:
                         log.write(self.step, **values)
-                if main and (self.step % config.sample_every == 0 or self.finished):
-                    self.draw_samples()
                 if saving or stopping:
                     self.save()
+                if main and (self.step % config.sample_every == 0 or self.finished):
+                    self.draw_samples()  # after saving: a grid that the memory is too small for costs no steps
                 if stopping:
                     break
                 if not losses:
@@ -392,8 +393,11 @@ class Trainer:
         """Write RUN/samples/step-000500.png: always the same seeds, a row for each class."""
         names = self.dataset.label_names
         rows = len(names[:10]) or 4
-        count = rows * _GRID_COLUMNS
-        labels = [row for row in range(rows) for _ in range(_GRID_COLUMNS)] if names else None
+        count, images = rows * _GRID_COLUMNS, []
         with self.ema_weights(), self.codec.on(self.accelerator.device):
-            images = self.pipeline()(count, labels, generator=seeded_generators(0, count)).images
+            pipeline = self.pipeline()
+            for start in range(0, count, self.config.batch_size):  # what a step has room for, a part of a grid has too
+                seeds = range(start, min(start + self.config.batch_size, count))
+                labels = [seed // _GRID_COLUMNS for seed in seeds] if names else None
+                images += pipeline(len(seeds), labels, generator=seeded_generators(start, len(seeds))).images
         return self.folder.save_samples(draw_grid(images, _GRID_COLUMNS, row_names=names[:rows]), self.step)
