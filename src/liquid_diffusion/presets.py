@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from liquid_diffusion.config import EncodeConfig, RunConfig, TrainConfig, UNetConfig, UserError
-from liquid_diffusion.data.registry import find_facts
 
 FACTORS = {"pixels": 2, "sd-vae": 8}  # pixels a side for one latent, of the codecs known by name before they are made
 _STEPS_TO_COMPILE_FOR = 1000  # nano saved 60 ms in each on two cores, where compiling took 45 s
@@ -107,7 +106,7 @@ def resolve(config: TrainConfig, device: str) -> RunConfig:
 def _place(data: str) -> str:
     """A folder, file or pattern of files of this machine by its whole path, so that it is found from any folder."""
     path = Path(data).expanduser()
-    return str(path.resolve()) if find_facts(data) is None and (path.exists() or glob.has_magic(data)) else data
+    return str(path.resolve()) if data != "emoji" and (path.exists() or glob.has_magic(data)) else data
 
 
 def _flip(data: str, wanted: bool | None) -> bool:

@@ -466,7 +466,7 @@ def test_cached_latents_train_as_the_pictures_do(
 ) -> None:
     """The same losses but for the rounding of the cache, while the autoencoder encodes nothing."""
     settings = {"data": str(photos), "codec": str(vae), "workers": 0, "sample_every": 2, "checkpoint_every": 4}
-    pictures = Trainer(quick(out=str(tmp_path / "pictures"), **settings))
+    pictures = Trainer(quick(out=str(tmp_path / "pictures"), cache_latents=False, **settings))
     cached = Trainer(quick(out=str(tmp_path / "cached"), cache_latents=True, **settings))
     assert isinstance(cached.codec, AutoencoderCodec)
     pictures.codec.set_statistics(cached.codec.mean.tolist(), cached.codec.std.tolist())
@@ -515,6 +515,9 @@ def test_latents_of_a_folder(quick: Make, photos: Path, vae: Path, tmp_path: Pat
         Trainer(quick(**settings, image_size=32))
     with pytest.raises(UserError, match="The codec pixels costs nothing"):
         Trainer(quick(**{**settings, "codec": "pixels"}))
+    (photos / "dog" / "00.png").unlink()
+    with pytest.raises(UserError, match=r"has changed since its latents in .* it had 24 pictures, now 23"):
+        Trainer(quick(**settings))
     with pytest.raises(UserError, match="There are no latents in"):
         Trainer(quick(**{**settings, "cache_latents": str(tmp_path / "nowhere")}))
     with pytest.raises(UserError, match="no model 'huge'"):

@@ -107,7 +107,7 @@ class _Batches(Dataset[tuple[Tensor, Tensor, list[str]]]):
         images, labels, skipped = [torch.empty(0, 3, *shape, dtype=torch.uint8)], [], []
         for index in indices:
             try:
-                image, label = self.source.read(index)
+                image, label = self.source.read(index, shape)
             except BadPictureError as error:
                 skipped.append(str(error))
             else:
@@ -151,6 +151,7 @@ class Encoding:
             "batch_size": config.batch_size,  # other batches would round differently
             "pictures": len(numbered),
             "held_out": len(held_out),
+            "source_pictures": len(self.source),
             "label_names": self.source.label_names,
         }
         self._shards = list(self._cut(numbered, shapes))

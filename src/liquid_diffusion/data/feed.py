@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from liquid_diffusion.codecs import Codec
-from liquid_diffusion.config import RunConfig
+from liquid_diffusion.config import RunConfig, UserError
 from liquid_diffusion.data.encode import Encoding, encoding_of, is_whole
 from liquid_diffusion.data.latents import LatentDataset
 from liquid_diffusion.data.pictures import BucketedBatches, PictureDataset, collate
@@ -68,7 +68,24 @@ def open_latents(run: RunConfig, codec: Codec, begin: Callable[[], None]) -> tup
         state.print(encoding.summary())
         encoding.run()
     dataset = LatentDataset(folder, run, codec)
+    _check_unchanged(run, folder, dataset.total)
     return dataset, dataset.held_out
+
+
+def _check_unchanged(run: RunConfig, latents: Path, pictures: int) -> None:
+    """See that pictures which lie here are as many as were encoded. They may be gone altogether, and are not looked for
+    elsewhere: nothing but the latents is needed any more."""
+    if not Path(run.data).is_dir():
+        return
+    try:
+        now = len(open_source(run.data, run.image_column, run.label_column))
+    except UserError:
+        return
+    if now != pictures:
+        raise UserError(
+            f"{run.data} has changed since its latents in {latents} were written: it had {pictures} pictures, now "
+            f"{now}; choose other folders for the run and its latents to train on what is there now."
+        )
 
 
 def describe(feed: Feed, run: RunConfig, held_out: int | None) -> str:

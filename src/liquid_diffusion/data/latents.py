@@ -55,7 +55,7 @@ class LatentDataset(Dataset[Item]):
         self.flip = run.flip
         self.skipped: list[str] = manifest["unreadable"]
         self.held_out: int = manifest["held_out"]
-        self.total: int = manifest["pictures"] + manifest["held_out"]
+        self.total: int = manifest["source_pictures"]
         self.label_names: list[str] = manifest["label_names"]
         self._statistics: dict[str, list[float]] = manifest["statistics"]
         self._shards: list[dict[str, Any]] = manifest["shards"]

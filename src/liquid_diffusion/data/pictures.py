@@ -128,7 +128,7 @@ class PictureDataset(PictureFeed, Dataset[Item]):
         return len(self.indices)
 
     def _read(self, index: int, shape: int, draws: random.Random | None = None) -> tuple[Tensor, int]:
-        image, label = self.source.read(index)
+        image, label = self.source.read(index, self.shapes[shape])
         return to_uint8(to_shape(image, self.shapes[shape], self.crop, draws)), label
 
     def _keep(self, good: list[tuple[int, int]]) -> None:

@@ -156,8 +156,9 @@ def describe(as_json: bool = False) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     notes = [f"{facts.name}: {facts.note}" for facts in DATASETS if facts.note]
     own = [
-        "--data takes these names and ids; NAME@OWNER/NAME reads a copy under another id; or your own: a folder",
-        "(sub-folders become classes), parquet files, a folder of save_to_disk, any Hub id with pictures.",
+        "--data takes these names and ids; NAME@OWNER/NAME reads a copy under another id; or your own: a folder, which",
+        "goes before a name (sub-folders become classes), parquet files, a folder of save_to_disk, any Hub id with",
+        "pictures.",
         "liquid-diffusion datasets show SOURCE --out grid.png draws what a model would be fed.",
     ]
     return "\n".join([*lines, "", *notes, "", *own])

@@ -24,9 +24,8 @@ from liquid_diffusion.config import UserError
 from liquid_diffusion.data.pictures import PictureFeed, is_mirrored, stable_hash
 from liquid_diffusion.data.ranged import SourceLostError
 from liquid_diffusion.data.shards import Chunk, Rows, Shards
-from liquid_diffusion.data.sources import BadPictureError
+from liquid_diffusion.data.sources import BadPictureError, decode
 from liquid_diffusion.data.split import is_held_out
-from liquid_diffusion.data.tables import decode
 from liquid_diffusion.data.transforms import Shape, to_shape, to_uint8
 
 # Lanes of a process: the places of the stream that one batch is taken from, and the most workers it can have.
@@ -239,7 +238,7 @@ class PictureStream(PictureFeed):
         if is_held_out(content, self.val_fraction):
             return None
         index = self._firsts[number] + row
-        image = decode(content, self.shards.name(self.shards.chunks[number], row))
+        image = decode(content, self.shards.name(self.shards.chunks[number], row), self.usual_shape)
         draws = random.Random(stable_hash(self.seed, 2, epoch, index))
         pixels = to_uint8(to_shape(image, self.usual_shape, self.crop, draws))
         return (pixels.flip(-1) if is_mirrored(self.flip, self.seed, epoch, index) else pixels), label

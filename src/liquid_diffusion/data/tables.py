@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import fsspec
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from liquid_diffusion.config import UserError
-from liquid_diffusion.data.sources import BadPictureError
-from liquid_diffusion.data.transforms import to_rgb
+from liquid_diffusion.data.sources import BadPictureError, decode
+from liquid_diffusion.data.transforms import Shape
 
 
 class Columns:
@@ -82,23 +81,6 @@ def _holds_pictures(feature: Any) -> bool:
     return isinstance(feature, ImageFeature) or encoded or feature in (Value("binary"), Value("large_binary"))
 
 
-def decode(content: bytes | None, name: str) -> Image.Image:
-    """A picture in RGB from its encoded bytes.
-
-    Raises:
-        BadPictureError: they are None or no picture; the message starts with `name`.
-    """
-    if content is None:
-        raise BadPictureError(f"{name}: there is nothing")
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            return to_rgb(image)
-    except UnidentifiedImageError as error:  # whose own words name an object in memory
-        raise BadPictureError(f"{name}: it is no picture") from error
-    except Exception as error:  # a decoder may raise anything: struct.error, RuntimeError, ...
-        raise BadPictureError(f"{name}: {error}") from error
-
-
 def _read_file(path: str) -> bytes:
     """A file that a table names: a path, or one into an archive (zip://...::...)."""
     if "::" not in path:
@@ -157,6 +139,6 @@ class TableSource:
     def content(self, index: int) -> bytes:
         return self._row(index)[0]
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
+    def read(self, index: int, shape: Shape | None = None) -> tuple[Image.Image, int]:
         content, label = self._row(index)
-        return decode(content, self.name(index)), label
+        return decode(content, self.name(index), shape), label

@@ -14,8 +14,8 @@ from PIL import Image
 from liquid_diffusion.config import UserError
 from liquid_diffusion.data.ranged import RangedFile, in_words
 from liquid_diffusion.data.shards import FILES_OF_A_CHUNK, Chunk, Rows
-from liquid_diffusion.data.sources import BadPictureError, classes_of, is_picture
-from liquid_diffusion.data.tables import decode
+from liquid_diffusion.data.sources import BadPictureError, classes_of, decode, is_picture
+from liquid_diffusion.data.transforms import Shape
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,6 @@ class ZipSource:
     def content(self, index: int) -> bytes:
         return self._row(index)[0]
 
-    def read(self, index: int) -> tuple[Image.Image, int]:
+    def read(self, index: int, shape: Shape | None = None) -> tuple[Image.Image, int]:
         content, label = self._row(index)
-        return decode(content, self.name(index)), label
+        return decode(content, self.name(index), shape), label
