@@ -22,6 +22,7 @@ FLOORS = {
     "flow": 0,
     "sampling": 0,
     "grid": 0,
+    "history": 0,
     "hardware": 0,
     "models": 0,
     "data": 1,

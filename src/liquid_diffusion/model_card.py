@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from liquid_diffusion import __version__
 from liquid_diffusion.data.registry import DatasetFacts, find_facts
+from liquid_diffusion.history import grids
 from liquid_diffusion.model_index import without_path
 from liquid_diffusion.pipeline import LiquidDiffusionPipeline
 
@@ -161,4 +162,4 @@ def model_card(pipeline: LiquidDiffusionPipeline, run: Path, name: str) -> Model
 
 def latest_grid(run: Path) -> Path | None:
     """The newest grid of a run."""
-    return max((run / "samples").glob("step-*.png"), default=None)
+    return next((file for _, file in grids(run)), None)

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from liquid_diffusion.config import TrainConfig, UserError
-from liquid_diffusion.demo.history import grids, loss_curve
+from liquid_diffusion.history import grids, loss_curve
 from liquid_diffusion.training.trainer import Trainer
 
 

@@ -1,4 +1,4 @@
-"""The web page and its server: widgets only, what they do stands in `drawing`, `history` and `page`."""
+"""The web page and its server: widgets only, what they do stands in `drawing` and `page`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from PIL import Image
 
 from liquid_diffusion.config import GUIDANCE, SOLVERS, DemoConfig, SampleConfig, UserError
 from liquid_diffusion.demo import drawing, page
-from liquid_diffusion.demo.history import grids, loss_curve
 from liquid_diffusion.hardware import process_state
+from liquid_diffusion.history import grids, loss_curve
 from liquid_diffusion.pipeline import LiquidDiffusionPipeline, find_run, load_pipeline
 
 _ALL = "all in turn"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from liquid_diffusion.demo.history import grids, loss_curve
+from liquid_diffusion.history import grids, loss_curve
 
 
 def test_of_many_grids_some_are_shown_with_the_first_and_the_last(tmp_path: Path) -> None:
