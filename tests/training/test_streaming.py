@@ -61,6 +61,7 @@ def test_two_epochs_of_two_steps(little_hub: LittleHub, quick: Make, facts: Data
         assert len(trainer.dataset) == count
         assert all(epoch * count / 4 + passed >= count / 2 - 1 for epoch, passed in trainer.dataset.positions)
     assert f"{count} {'streamed ' if streaming else ''}pictures" in trainer.summary()
+    assert f"4 steps of {half} ({4 * half / count:.1f} epochs)" in trainer.summary()
 
 
 @pytest.mark.parametrize("workers", [0, 2])

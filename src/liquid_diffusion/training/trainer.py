@@ -131,8 +131,11 @@ class Trainer:
         start = f", going on from step {self.step}" if self.step else ""
         precision = "fp32" if self.accelerator.mixed_precision == "no" else self.accelerator.mixed_precision
         data = describe(self.dataset, self.config, self.held_out)
+        batch = self.config.batch_size * self.accelerator.num_processes
+        epochs = self.config.steps * batch / len(self.dataset)
         return (
             f"{self.config.model} ({millions:.1f} M parameters) on {data}, codec {self.config.codec}, "
+            f"{self.config.steps:,} steps of {batch} ({epochs:.1f} epochs), "
             f"{self.accelerator.device.type} in {precision}, to {self.folder.path}{start}"
         )
 
