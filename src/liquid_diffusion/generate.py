@@ -15,7 +15,7 @@ from liquid_diffusion.evaluation.memorisation import draw_pairs
 from liquid_diffusion.evaluation.nearest import nearest_pictures
 from liquid_diffusion.evaluation.reference import pictures_of_run
 from liquid_diffusion.grid import draw_grid
-from liquid_diffusion.hardware import process_state
+from liquid_diffusion.hardware import keep_freed_memory, process_state
 from liquid_diffusion.pipeline import LiquidDiffusionPipeline, find_run, load_pipeline
 from liquid_diffusion.sampling import make_scheduler, seeded_generators
 
@@ -70,6 +70,7 @@ def generate(run: str | None, config: SampleConfig) -> str:
     except OSError as error:
         raise UserError(f"{out} can't be written to: {error.strerror}.") from error
     disable_progress_bar()  # of the parts being loaded; the one of the sampling stays
+    keep_freed_memory()
     pipeline = load_pipeline(run).to(process_state().device)
     pipeline.set_progress_bar_config(desc="Sampling", leave=False)
     pictures = draw_pictures(pipeline, config)

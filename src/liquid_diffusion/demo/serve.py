@@ -19,7 +19,7 @@ from PIL import Image
 
 from liquid_diffusion.config import GUIDANCE, SOLVERS, DemoConfig, SampleConfig, UserError
 from liquid_diffusion.demo import drawing, page
-from liquid_diffusion.hardware import process_state
+from liquid_diffusion.hardware import keep_freed_memory, process_state
 from liquid_diffusion.history import grids, loss_curve
 from liquid_diffusion.pipeline import LiquidDiffusionPipeline, find_run, load_pipeline
 
@@ -318,6 +318,7 @@ def serve(run: str | None, config: DemoConfig) -> NoReturn:
     _check_address(config.host, config.port)
     _gradio()
     disable_progress_bar()  # of the parts being loaded
+    keep_freed_memory()
     pipeline = load_pipeline(run).to(process_state().device)
     with private_files():
         blocks = Demo(pipeline, find_run(run)).launch(config.host, config.port)

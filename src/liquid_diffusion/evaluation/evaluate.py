@@ -23,7 +23,7 @@ from liquid_diffusion.evaluation.metrics import LEAST_PICTURES, LinearClassifier
 from liquid_diffusion.evaluation.nearest import nearest_pictures
 from liquid_diffusion.evaluation.reference import CachedFeatures, RunPictures, labels_of, pictures_of_run
 from liquid_diffusion.evaluation.report import table
-from liquid_diffusion.hardware import process_state
+from liquid_diffusion.hardware import keep_freed_memory, process_state
 from liquid_diffusion.pipeline import LiquidDiffusionPipeline, find_run, load_pipeline
 from liquid_diffusion.sampling import make_scheduler, seeded_generators
 
@@ -120,6 +120,7 @@ def measure(run: str | None, config: EvaluateConfig) -> tuple[dict[str, Any], Im
     """
     disable_progress_bar()  # of the parts being loaded
     device = process_state().device
+    keep_freed_memory()
     pipeline = load_pipeline(run).to(device)
     pipeline.set_progress_bar_config(disable=True)
     folder = find_run(run)
