@@ -42,6 +42,7 @@ package: install  ## build, install the wheel in a fresh environment, and use it
 
 bench-data: install  ## pictures a second from files, parquet, a stream and cached latents, and how long a step waits
 	$(BIN)/python benchmarks/data.py
+	$(BIN)/python benchmarks/performance_tables.py
 
 bench-memory: install  ## what training takes of a GPU's memory, estimated
 	$(BIN)/python benchmarks/memory.py

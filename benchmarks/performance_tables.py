@@ -109,11 +109,25 @@ def memory_table(rows: list[Row]) -> str:
     return markdown(["batch 8, bfloat16, GB", *ways], lines) if rows else NOT_YET
 
 
+def reading_table(rows: list[Row]) -> str:
+    """Where pictures come from, how fast, and how long a training step waits for them."""
+    lines = [
+        [
+            row["source"],
+            f"{row['pictures_per_second']} ({row['least']} to {row['most']})",
+            f"{float(row['waiting_share']):.1%}",
+        ]
+        for row in rows
+    ]
+    return markdown(["256 px from", "pictures a second", "of a step spent waiting"], lines) if rows else NOT_YET
+
+
 def main() -> None:
     tables = speed_tables(read_rows(RESULTS / "speed.csv"))
     tables["profile"] = profile_table(read_rows(RESULTS / "profile.csv"))
     tables["roofline"] = roofline_table(read_rows(RESULTS / "roofline.csv"))
     tables["memory"] = memory_table(read_rows(RESULTS / "memory.csv"))
+    tables["reading"] = reading_table(read_rows(RESULTS / "data.csv"))
     write_tables(tables, DOCUMENT)
 
 
