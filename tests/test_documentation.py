@@ -80,7 +80,7 @@ def test_commands_are_found() -> None:
         for command in commands("docs/several-gpus.md")
     )
     assert "sample runs/quickstart --n 16 --out grid.png" in commands("README.md")
-    assert "sample RUN --width 320 --height 192" in commands("README.md")
+    assert "sample RUN --width 352 --height 192" in commands("README.md")
 
 
 def test_targets_and_extras_exist() -> None:
