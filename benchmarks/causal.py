@@ -34,9 +34,9 @@ from liquid_diffusion.evaluation.features import extract, make_features
 from liquid_diffusion.evaluation.metrics import kernel_distance
 from liquid_diffusion.evaluation.reference import CachedFeatures, labels_of, pictures_of_run
 from liquid_diffusion.flow import interpolate
+from liquid_diffusion.loading import find_run, load_pipeline
 from liquid_diffusion.models.liquid import ParallelCfC
 from liquid_diffusion.models.unet import LiquidUNet
-from liquid_diffusion.pipeline import find_run, load_pipeline
 
 STEPS = (4, 8, 15, 25, 50, 100)
 Shift = Callable[[Tensor], Tensor]

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from liquid_diffusion.flow import interpolate
+from liquid_diffusion.loading import load_pipeline
 from liquid_diffusion.models.liquid import LiquidBlock, ParallelCfC
 from liquid_diffusion.models.unet import LiquidUNet
-from liquid_diffusion.pipeline import LiquidDiffusionPipeline, load_pipeline
+from liquid_diffusion.pipeline import LiquidDiffusionPipeline
 from liquid_diffusion.sampling import seeded_generators
 
 mpl.use("agg")

@@ -20,7 +20,7 @@ import yaml
 from liquid_diffusion.config import EvaluateConfig
 from liquid_diffusion.evaluation.evaluate import measure
 from liquid_diffusion.evaluation.report import table
-from liquid_diffusion.pipeline import SHIPPED, load_pipeline
+from liquid_diffusion.loading import SHIPPED, load_pipeline
 
 LARGEST = 12_000_000  # bytes of the folder
 PAIRS = Path(__file__).parent / "results" / "nano-emoji-nearest.png"

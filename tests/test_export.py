@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from liquid_diffusion.cli import main
+from liquid_diffusion.loading import load_pipeline
 from liquid_diffusion.models.liquid import LiquidBlock
 from liquid_diffusion.models.unet import LiquidUNet
-from liquid_diffusion.pipeline import LiquidDiffusionPipeline, load_pipeline
+from liquid_diffusion.pipeline import LiquidDiffusionPipeline
 from liquid_diffusion.sampling import make_scheduler
 
 

@@ -29,6 +29,7 @@ FLOORS = {
     "compile": 1,
     "estimate": 1,
     "pipeline": 2,
+    "loading": 2,
     "generate": 3,
     "export": 3,
     "demo": 3,

@@ -17,8 +17,8 @@ from nbclient import NotebookClient
 from PIL import Image
 
 from liquid_diffusion.data.registry import find_facts
+from liquid_diffusion.loading import load_pipeline
 from liquid_diffusion.notebook import overview
-from liquid_diffusion.pipeline import load_pipeline
 
 FILE = Path(__file__).parent.parent / "notebooks" / "LiquidDiffusion_Training.ipynb"
 

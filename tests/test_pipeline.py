@@ -19,8 +19,9 @@ from diffusers import (
 
 from liquid_diffusion.codecs import AutoencoderCodec
 from liquid_diffusion.config import UserError
+from liquid_diffusion.loading import load_pipeline
 from liquid_diffusion.models.unet import LiquidUNet
-from liquid_diffusion.pipeline import LiquidDiffusionPipeline, load_pipeline
+from liquid_diffusion.pipeline import LiquidDiffusionPipeline
 from liquid_diffusion.sampling import make_scheduler, seeded_generators
 
 NAMES = ["Cat", "dog"]

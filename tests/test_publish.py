@@ -16,8 +16,9 @@ from little_hub import LittleHub
 from PIL import Image
 
 from liquid_diffusion.cli import main
+from liquid_diffusion.loading import load_pipeline
 from liquid_diffusion.models.unet import LiquidUNet
-from liquid_diffusion.pipeline import LiquidDiffusionPipeline, load_pipeline
+from liquid_diffusion.pipeline import LiquidDiffusionPipeline
 from liquid_diffusion.sampling import make_scheduler
 from liquid_diffusion.training.trainer import Trainer
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from liquid_diffusion.config import ExportConfig, UserError
+from liquid_diffusion.loading import load_pipeline
 from liquid_diffusion.models.unet import LiquidUNet
-from liquid_diffusion.pipeline import LiquidDiffusionPipeline, load_pipeline
+from liquid_diffusion.pipeline import LiquidDiffusionPipeline
 from liquid_diffusion.publish import publish
 
 

@@ -16,30 +16,27 @@ from liquid_diffusion.evaluation.nearest import nearest_pictures
 from liquid_diffusion.evaluation.reference import pictures_of_run
 from liquid_diffusion.grid import draw_grid
 from liquid_diffusion.hardware import keep_freed_memory, process_state
-from liquid_diffusion.pipeline import LiquidDiffusionPipeline, find_run, load_pipeline
-from liquid_diffusion.sampling import make_scheduler, seeded_generators
+from liquid_diffusion.loading import find_run, load_pipeline
+from liquid_diffusion.pipeline import LiquidDiffusionPipeline, draw_in_batches
+from liquid_diffusion.sampling import make_scheduler
 
 
 def draw_pictures(pipeline: LiquidDiffusionPipeline, config: SampleConfig) -> Tensor:
     """Pictures (n, 3, H, W) in [-1, 1] on the CPU; picture i depends on seed + i alone."""
     pipeline.scheduler = make_scheduler(config.solver)
     labels = pipeline.labels(config.label, config.n)
-    batches = []
-    for start in range(0, config.n, config.batch_size):
-        count = min(config.batch_size, config.n - start)
-        batches.append(
-            pipeline(
-                count,
-                None if labels is None else labels[start : start + count].tolist(),
-                num_inference_steps=config.steps,
-                guidance_scale=config.guidance,
-                generator=seeded_generators(config.seed + start, count),
-                output_type="pt",
-                height=config.height,
-                width=config.width,
-            ).images.cpu()
-        )
-    return 2 * torch.cat(batches) - 1
+    how = {"num_inference_steps": config.steps, "guidance_scale": config.guidance, "output_type": "pt"}
+    batches = draw_in_batches(
+        pipeline,
+        None if labels is None else labels.tolist(),
+        config.n,
+        config.batch_size,
+        config.seed,
+        height=config.height,
+        width=config.width,
+        **how,
+    )
+    return 2 * torch.cat([images.cpu() for images in batches]) - 1
 
 
 def _beside_nearest(pictures: Tensor, run: str) -> tuple[Image.Image, str]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
-from importlib import resources
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,23 +19,27 @@ from diffusers import (
 )
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from PIL import Image
-from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from liquid_diffusion.codecs import AutoencoderCodec, Codec, PixelCodec
 from liquid_diffusion.compile import compile_for_sampling
 from liquid_diffusion.config import GUIDANCE, UserError
 from liquid_diffusion.data.transforms import to_pil
 from liquid_diffusion.model_index import INDEX, complete, with_own_classes
-from liquid_diffusion.sampling import SampleStep, Velocity, for_flow, guide, sample_steps, solver_times
+from liquid_diffusion.sampling import (
+    SampleStep,
+    Velocity,
+    for_flow,
+    guide,
+    sample_steps,
+    seeded_generators,
+    solver_times,
+)
 
 if TYPE_CHECKING:  # the class is named, not imported, so that a bundle of the pipeline has no second one
     from liquid_diffusion.models.unet import LiquidUNet
 
-# The model that comes with the package: what RUN means where it is left out.
-SHIPPED = Path(str(resources.files("liquid_diffusion"))) / "shipped" / "nano-emoji"
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
@@ -346,56 +349,28 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
         return images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
 
 
-# The model that comes with the package: what RUN means where it is left out.
-SHIPPED = Path(str(resources.files("liquid_diffusion"))) / "shipped" / "nano-emoji"
+def draw_in_batches(
+    pipeline: LiquidDiffusionPipeline,
+    labels: Sequence[int] | None,
+    count: int,
+    batch_size: int,
+    seed: int = 0,
+    **options: Any,
+) -> Iterator[Any]:
+    """Draw pictures, `batch_size` at once, which does not change them: picture i has the seed `seed` + i.
 
+    Args:
+        pipeline: draws them.
+        labels: class of each; None where there are no classes.
+        count: number of pictures.
+        batch_size: of a call.
+        seed: of the first picture.
+        options: others of the pipeline's call.
 
-def find_run(run: str | None) -> str:
-    """What a person means by RUN: what was said, or, where nothing was, the folder of the model in this package.
-
-    Raises:
-        UserError: nothing was said, and this package has no model.
+    Yields:
+        The images of each call.
     """
-    if run is not None:
-        return run
-    if not (SHIPPED / INDEX).is_file():
-        raise UserError("There is no model in this installation: say RUN, e.g. after `liquid-diffusion train`.")
-    return str(SHIPPED)
-
-
-def load_pipeline(run: str | None) -> LiquidDiffusionPipeline:
-    """The pipeline of a run folder, of a pipeline folder or of a Hub id; of None, that of the model in this package.
-
-    Its weights are float32, whatever they are kept in: the sampler takes the dtype that the device is fast in, once.
-
-    Raises:
-        UserError: there is none, or it is damaged.
-    """
-    run = find_run(run)
-    folder = Path(run).expanduser()
-    if folder.is_dir():
-        pipeline = folder / "pipeline" if (folder / "pipeline").is_dir() else folder
-        if not (pipeline / INDEX).is_file():
-            raise UserError(f"{run} has no trained model yet: it is no run folder, or its first checkpoint is to come.")
-        source = str(pipeline)
-    elif folder.is_absolute() or run.startswith((".", "~")) or run.count("/") != 1:
-        raise UserError(f"There is no run {run!r}; train one with `liquid-diffusion train --out {run}`.")
-    else:
-        source = run
-    try:
-        loaded = LiquidDiffusionPipeline.from_pretrained(source)
-    except RepositoryNotFoundError as error:  # of a private one the Hub says the same
-        raise UserError(
-            f"There is no run folder {run!r}, and no model of that id on the Hub that you may see; if it is private, "
-            "log in by `hf auth login` or set HF_TOKEN."
-        ) from error
-    except (OSError, SafetensorError, HFValidationError) as error:
-        if folder.is_dir():
-            raise UserError(f"The model in {run} is damaged: {error}") from error
-        raise UserError(
-            f"There is no run folder {run!r}, and no model of that id on the Hub, or no network to reach it."
-        ) from error
-    for part in loaded.components.values():
-        if isinstance(part, nn.Module):
-            part.float()  # and not pipeline.to(float32), which warns of modules that would have to stay in float32
-    return loaded
+    for start in range(0, count, batch_size):
+        stop = min(start + batch_size, count)
+        some = None if labels is None else labels[start:stop]
+        yield pipeline(stop - start, some, generator=seeded_generators(seed + start, stop - start), **options).images

@@ -13,10 +13,11 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from liquid_diffusion import pipeline as home
+from liquid_diffusion import loading as home
 from liquid_diffusion.cli import main
+from liquid_diffusion.loading import load_pipeline
 from liquid_diffusion.models.unet import LiquidUNet
-from liquid_diffusion.pipeline import LiquidDiffusionPipeline, load_pipeline
+from liquid_diffusion.pipeline import LiquidDiffusionPipeline
 from liquid_diffusion.sampling import make_scheduler
 
 Capture = pytest.CaptureFixture[str]

@@ -27,7 +27,8 @@ from PIL import Image
 from liquid_diffusion.cli import main
 from liquid_diffusion.config import TrainConfig
 from liquid_diffusion.demo.serve import Demo
-from liquid_diffusion.pipeline import LiquidDiffusionPipeline, load_pipeline
+from liquid_diffusion.loading import load_pipeline
+from liquid_diffusion.pipeline import LiquidDiffusionPipeline
 from liquid_diffusion.training.trainer import Trainer
 
 Make = Callable[..., LiquidDiffusionPipeline]

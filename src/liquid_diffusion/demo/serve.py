@@ -21,7 +21,8 @@ from liquid_diffusion.config import GUIDANCE, SOLVERS, DemoConfig, SampleConfig,
 from liquid_diffusion.demo import drawing, page
 from liquid_diffusion.hardware import keep_freed_memory, process_state
 from liquid_diffusion.history import grids, loss_curve
-from liquid_diffusion.pipeline import LiquidDiffusionPipeline, find_run, load_pipeline
+from liquid_diffusion.loading import find_run, load_pipeline
+from liquid_diffusion.pipeline import LiquidDiffusionPipeline
 
 _ALL = "all in turn"
 _WAITING = 16  # requests in the queue; one more is told that the demo is busy

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from liquid_diffusion.config import EvaluateConfig, UserError
 from liquid_diffusion.data.pictures import PictureDataset
 from liquid_diffusion.data.sources import open_source
-from liquid_diffusion.data.transforms import Shape, to_float, to_pil, to_uint8
+from liquid_diffusion.data.transforms import Shape, to_float, to_uint8
 from liquid_diffusion.evaluation.features import extract, make_features
 from liquid_diffusion.evaluation.memorisation import WORST_PAIRS, Nearness, draw_pairs
 from liquid_diffusion.evaluation.metrics import LEAST_PICTURES, LinearClassifier, compare, nearest_rows
@@ -24,8 +24,9 @@ from liquid_diffusion.evaluation.nearest import nearest_pictures
 from liquid_diffusion.evaluation.reference import CachedFeatures, RunPictures, labels_of, pictures_of_run
 from liquid_diffusion.evaluation.report import table
 from liquid_diffusion.hardware import keep_freed_memory, process_state
-from liquid_diffusion.pipeline import LiquidDiffusionPipeline, find_run, load_pipeline
-from liquid_diffusion.sampling import make_scheduler, seeded_generators
+from liquid_diffusion.loading import find_run, load_pipeline
+from liquid_diffusion.pipeline import LiquidDiffusionPipeline, draw_in_batches
+from liquid_diffusion.sampling import make_scheduler
 
 _LARGEST_REFERENCE = 10_000  # pictures; the matrices of distances grow as its square
 
@@ -43,16 +44,13 @@ def spread_labels(labels: Tensor, n: int, seed: int) -> Tensor:
 def draw_samples(pipeline: LiquidDiffusionPipeline, labels: Tensor | None, config: EvaluateConfig) -> Tensor:
     """Pictures (n, 3, H, W) uint8 on the CPU, one for each label; picture i depends on seed + i and its label alone."""
     pipeline.scheduler = make_scheduler(config.solver)
-    codec, pictures = pipeline.codec, []
+    classes = None if labels is None else labels.tolist()
+    how = {"num_inference_steps": config.steps, "guidance_scale": config.guidance}
+    pictures: list[Tensor] = []
     with tqdm(total=config.n, desc="Sampling", unit="", leave=False) as bar:
-        for start in range(0, config.n, config.batch_size):
-            count = min(config.batch_size, config.n - start)
-            x = pipeline.noise(count, seeded_generators(config.seed + start, count))
-            some = None if labels is None else labels[start : start + count].to(x.device)
-            for step in pipeline.steps(x, some, config.steps, config.guidance):
-                x = step.x
-            pictures += [to_uint8(picture) for picture in to_pil(codec.decode(x))]
-            bar.update(count)
+        for images in draw_in_batches(pipeline, classes, config.n, config.batch_size, config.seed, **how):
+            pictures += [to_uint8(image) for image in images]
+            bar.update(len(images))
     return torch.stack(pictures)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import time
@@ -29,10 +30,10 @@ from liquid_diffusion.flow import flow_loss, interpolate, sample_times, velocity
 from liquid_diffusion.grid import draw_grid
 from liquid_diffusion.hardware import choose_precision, free_memory, keep_freed_memory, process_state
 from liquid_diffusion.models.unet import LiquidUNet
-from liquid_diffusion.pipeline import LiquidDiffusionPipeline
+from liquid_diffusion.pipeline import LiquidDiffusionPipeline, draw_in_batches
 from liquid_diffusion.presets import check_size, resolve
 from liquid_diffusion.publish import prepare, publish
-from liquid_diffusion.sampling import make_scheduler, seeded_generators
+from liquid_diffusion.sampling import make_scheduler
 from liquid_diffusion.training.checkpoint import CheckpointFolder
 from liquid_diffusion.training.compilation import compile_blocks
 from liquid_diffusion.training.learning_rate import learning_rate_factor
@@ -396,11 +397,9 @@ class Trainer:
         """Write RUN/samples/step-000500.png: always the same seeds, a row for each class."""
         names = self.dataset.label_names
         rows = len(names[:10]) or 4
-        count, images = rows * _GRID_COLUMNS, []
+        labels = [row for row in range(rows) for _ in range(_GRID_COLUMNS)] if names else None
         with self.ema_weights(), self.codec.on(self.accelerator.device):
-            pipeline = self.pipeline()
-            for start in range(0, count, self.config.batch_size):  # what a step has room for, a part of a grid has too
-                seeds = range(start, min(start + self.config.batch_size, count))
-                labels = [seed // _GRID_COLUMNS for seed in seeds] if names else None
-                images += pipeline(len(seeds), labels, generator=seeded_generators(start, len(seeds))).images
+            # as many at once as a step has room for
+            batches = draw_in_batches(self.pipeline(), labels, rows * _GRID_COLUMNS, self.config.batch_size)
+            images = list(itertools.chain.from_iterable(batches))
         return self.folder.save_samples(draw_grid(images, _GRID_COLUMNS, row_names=names[:rows]), self.step)
