@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from torch.profiler import ProfilerActivity, profile
 
 from liquid_diffusion.cli import main
-from liquid_diffusion.config import EstimateConfig, UserError
+from liquid_diffusion.config import EncodeConfig, EstimateConfig, UserError
 from liquid_diffusion.estimate import SD_VAE, _autoencoder_on_fakes, _moments, estimate, largest_batch, shortage
 from liquid_diffusion.models.unet import LiquidUNet
 
@@ -105,8 +105,9 @@ def test_with_cached_latents_the_autoencoder_is_gone_in_a_step(small_vae: Autoen
     assert step == pytest.approx(measured_peak(config), rel=0.1)
 
 
-def test_a_grid_may_be_the_peak(small_vae: AutoencoderKL) -> None:
+def test_a_grid_may_be_the_peak(small_vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the batch is small; held against a real decoding."""
+    monkeypatch.setattr(EncodeConfig, "batch_size", 1)  # else the encoding is, see below
     config = replace(NANO, codec="sd-vae", image_size=256, batch_size=1, cache_latents=True)
     found = estimate(config)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -114,6 +115,16 @@ def test_a_grid_may_be_the_peak(small_vae: AutoencoderKL) -> None:
     assert found.breakdown["decoding a grid"] == pytest.approx(measured, rel=0.1)
     assert found.breakdown["vae"] == 4 * sum(parameter.numel() for parameter in small_vae.parameters())
     assert largest_batch(config, found.peak_bytes / 2**30) == 0  # a tenth of a card is not for tensors
+
+
+def test_the_encoding_before_a_training_may_be_the_peak(small_vae: AutoencoderKL) -> None:
+    """Of eight pictures, whatever the batch; held against a real one. There is no model yet."""
+    config = replace(NANO, codec="sd-vae", image_size=256, batch_size=1, cache_latents=True)
+    found = estimate(config)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        measured = peak_of(lambda: small_vae.encode(torch.randn(8, 3, 256, 256)))
+    assert set(found.breakdown) == {"vae", "encoding a batch"}
+    assert found.breakdown["encoding a batch"] == pytest.approx(measured, rel=0.1)
 
 
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from liquid_diffusion.config import EstimateConfig, RunConfig, UserError
+from liquid_diffusion.config import EncodeConfig, EstimateConfig, RunConfig, UserError
 from liquid_diffusion.flow import flow_loss
 from liquid_diffusion.models.unet import LiquidUNet
 from liquid_diffusion.presets import FACTORS
@@ -118,7 +118,9 @@ def _moments(config: EstimateConfig) -> tuple[int, list[dict[str, int]]]:
     vae, decoding = _autoencoder_on_fakes(False, 1, config.image_size, bf16)  # a grid is decoded picture by picture
     grid = {**state, "vae": vae, "decoding a grid": decoding}
     if config.cache_latents:
-        return parameters, [{**state, **step}, grid]
+        _, encoding = _autoencoder_on_fakes(True, EncodeConfig.batch_size, config.image_size, bf16)
+        # all is encoded before there is a model
+        return parameters, [{**state, **step}, grid, {"vae": vae, "encoding a batch": encoding}]
     _, encoding = _autoencoder_on_fakes(True, config.batch_size, config.image_size, bf16)
     return parameters, [{**state, "vae": vae, **step}, grid, {**state, "vae": vae, "encoding a batch": encoding}]
 
@@ -138,22 +140,26 @@ def largest_batch(config: EstimateConfig, gigabytes: float) -> int:
     """The largest batch whose training fits a card of some GiB; 0 where not even one picture does."""
     room = _USABLE * gigabytes * 2**30
 
-    def held(batch: int) -> list[int]:
-        return [sum(moment.values()) for moment in _moments(replace(config, batch_size=batch))[1]]
+    def held(batch: int) -> int:
+        return max(sum(moment.values()) for moment in _moments(replace(config, batch_size=batch))[1])
 
-    batch = None
-    for few, many in zip(held(8), held(16), strict=True):  # from here on a picture more is always the same more
-        if few < many:
-            fits = max(0, 8 + int((room - few) * 8 / (many - few)))
-            batch = fits if batch is None else min(batch, fits)
-        elif few > room:
-            return 0
-    assert batch is not None  # activations grow
-    while batch > 0 and max(held(batch)) > room:
-        batch -= 1
-    while max(held(batch + 1)) <= room:
-        batch += 1
-    return batch
+    if held(1) > room:
+        return 0
+    fits, too_large = 1, 16
+    while held(too_large) <= room:
+        rise = (held(too_large) - held(fits)) / (too_large - fits)
+        further = int((room - held(too_large)) / rise) + 1 if rise else too_large
+        fits, too_large = too_large, too_large + further
+    # The peak is the greatest of what is held at several moments, each linear in the batch: convex, so that a chord
+    # leads to a batch that fits.
+    while too_large - fits > 1:
+        chord = (room - held(fits)) / (held(too_large) - held(fits))
+        batch = min(max(fits + int(chord * (too_large - fits)), fits + 1), too_large - 1)
+        if held(batch) <= room:
+            fits = batch
+        else:
+            too_large = batch
+    return fits
 
 
 def shortage(config: EstimateConfig, free_bytes: int) -> str | None:
