@@ -77,9 +77,8 @@ def keep_freed_memory() -> None:
     """Let what computes on the CPU use its freed memory again instead of giving it back to the kernel each step.
 
     Activations of some megabytes are else mapped, cleared and unmapped over and over, with thousands of page faults a
-    step (the test of this function counts them); in the sampler an evaluation of tiny took 66 ms, and 60 with this. It
-    counts for the whole process: commands call it, and parts of the library do not. Linux with glibc only; elsewhere
-    nothing happens.
+    step (the test of this function counts them). It counts for the whole process: commands call it, and parts of the
+    library do not. Linux with glibc only; elsewhere nothing happens.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

@@ -268,6 +268,18 @@ def test_other_latents_are_left_alone(configure: Configure, changes: dict[str, A
     assert contents(folder) == before
 
 
+def test_pictures_that_were_moved_are_gone_on_with(configure: Configure, photos: Path, tmp_path: Path) -> None:
+    """An encoding that lacks a shard takes it from where they lie now."""
+    encode(configure())
+    whole = contents(Path(configure().out or ""))
+    lost = next(name for name in whole if name.startswith("shard"))
+    (Path(configure().out or "") / lost).unlink()
+    (tmp_path / "elsewhere").mkdir()
+    moved = photos.rename(tmp_path / "elsewhere" / photos.name)
+    encode(configure(data=str(moved)))
+    assert contents(Path(configure().out or ""))[lost] == whole[lost]
+
+
 def test_pictures_that_changed_are_noticed(configure: Configure, photos: Path, vae: Path) -> None:
     encode(configure())
     (photos / "dog" / "00.png").unlink()

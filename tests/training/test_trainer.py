@@ -17,8 +17,9 @@ from liquid_diffusion.codecs import AutoencoderCodec
 from liquid_diffusion.config import EncodeConfig, TrainConfig, UserError
 from liquid_diffusion.data import pictures
 from liquid_diffusion.data.encode import encode
+from liquid_diffusion.data.latents import LatentDataset
+from liquid_diffusion.loading import load_pipeline
 from liquid_diffusion.models.unet import LiquidUNet
-from liquid_diffusion.pipeline import load_pipeline
 from liquid_diffusion.training.learning_rate import learning_rate_factor
 from liquid_diffusion.training.trainer import Trainer
 
@@ -273,6 +274,26 @@ def test_a_folder_that_was_moved_is_gone_on_with(
     shutil.rmtree(moved / "dog")
     with pytest.raises(UserError, match="has changed since"):
         Trainer(quick(data=str(moved)))
+
+
+def test_cached_latents_are_gone_on_with_where_their_pictures_were_moved(
+    quick: Make, photos: Path, vae: Path, tmp_path: Path
+) -> None:
+    """With the run; but not with another folder of the same name."""
+
+    def make(folder: Path) -> Trainer:
+        return Trainer(quick(data=str(folder), codec=str(vae), image_size=32, cache_latents=True))
+
+    trainer = make(photos)
+    trainer.save()
+    (tmp_path / "elsewhere").mkdir()
+    moved = photos.rename(tmp_path / "elsewhere" / photos.name)
+    again = make(moved)
+    assert len(again.dataset) == len(trainer.dataset)
+    assert isinstance(again.dataset, LatentDataset)
+    shutil.rmtree(moved / "dog")
+    with pytest.raises(UserError, match="has changed since its latents"):
+        make(moved)
 
 
 def test_more_steps_go_on(quick: Make) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from liquid_diffusion.config import RunConfig, TrainConfig, UserError
+from liquid_diffusion.data.sources import same_place
 
 # What a run that goes on may change; all else would make it another run. The precision that `auto` stands for is one of
 # the machine's facts: saying it is how a run begun in fp16 goes on where bf16 would be chosen.
@@ -40,7 +41,8 @@ def check_same_run(folder: Path, before: dict[str, Any], config: RunConfig, acce
     """
     settings = {field.name: field.default for field in fields(TrainConfig)} | before["config"]  # it may be older
     for name, value in asdict(config).items():
-        if name not in _FREE and settings[name] != value and not (name == "data" and _moved(settings[name], value)):
+        same = same_place(settings[name], value) if name == "data" else settings[name] == value
+        if name not in _FREE and not same:
             raise UserError(
                 f"{folder} was trained with {name} {settings[name]}, not {value}; "
                 f"say --{name.replace('_', '-')} {settings[name]} to go on with it, or choose another --out."
@@ -53,12 +55,6 @@ def check_same_run(folder: Path, before: dict[str, Any], config: RunConfig, acce
             raise UserError(
                 f"{folder} was trained with {name} {then}, here it would be {value}; {mend}, or choose another --out."
             )
-
-
-def _moved(before: str, now: str) -> bool:
-    """Whether one folder of pictures can be the other, moved; `check_same_data` looks into it."""
-    then, here = Path(before), Path(now)
-    return then.is_absolute() and here.is_absolute() and then.name == here.name
 
 
 def check_same_data(checkpoint: Path, before: dict[str, Any], data: str, pictures: int, label_names: list[str]) -> None:
