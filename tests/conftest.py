@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,8 @@ os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{_PORT.getsockname()[1]}"
 os.environ["HF_HOME"] = tempfile.mkdtemp()
 os.environ["HF_HUB_DISABLE_XET"] = "1"  # a protocol of its own, which the little Hub does not speak
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+# A script's background job is started deaf to Ctrl-C, and so would be the commands that the suite starts and stops.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

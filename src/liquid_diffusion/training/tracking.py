@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -31,7 +32,12 @@ class MetricsLog:
                     continue  # the last line of a run that was killed while it wrote
         path.write_text("".join(kept))
         self._file = path.open("a", buffering=1)
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+        board = run / "tensorboard"
+        # TensorBoard reads the files in the order of their names, which tell the second: a second file of the same
+        # second could come first, and its purge then take nothing away.
+        while any(board.glob(f"events.out.tfevents.{int(time.time())}.*")):
+            time.sleep(0.05)
+        self._board = SummaryWriter(str(board), purge_step=step + 1)
 
     def write(self, step: int, **values: float) -> None:
         """Write the values of a step."""
