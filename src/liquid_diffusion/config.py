@@ -58,7 +58,9 @@ class TrainConfig:
     )
     ema_decay: float = _option(0.999, "decay of the averaged weights, reached after its own warm-up")
     ema_on_cpu: bool = _option(False, "keep the averaged weights in the computer's memory, to save the card's")
-    label_dropout: float = _option(0.1, "share of labels hidden in training, which makes guidance possible")
+    label_dropout: float = _option(
+        0.1, "share of labels hidden in training, which makes guidance possible; after 0 sample with --guidance 1"
+    )
     time_sampling: Literal["logit-normal", "uniform"] = _option("logit-normal", "distribution of the training times")
     crop: Literal["center", "random", "pad"] = _option(
         "center", "center; random: 0.8 to 1 of the largest crop, from anywhere; or pad: the whole picture on white"

@@ -18,8 +18,10 @@ from liquid_diffusion.config import EncodeConfig, TrainConfig, UserError
 from liquid_diffusion.data import pictures
 from liquid_diffusion.data.encode import encode
 from liquid_diffusion.data.latents import LatentDataset
+from liquid_diffusion.grid import draw_grid
 from liquid_diffusion.loading import load_pipeline
 from liquid_diffusion.models.unet import LiquidUNet
+from liquid_diffusion.pipeline import draw_in_batches
 from liquid_diffusion.training.learning_rate import learning_rate_factor
 from liquid_diffusion.training.trainer import Trainer
 
@@ -113,6 +115,25 @@ def test_labels_are_hidden_at_the_wanted_rate(quick: Make, monkeypatch: pytest.M
     hidden = seen[0] == 9
     assert 0.2 < hidden.float().mean() < 0.3
     assert torch.equal(seen[0][~hidden], labels[~hidden])
+
+
+@pytest.mark.parametrize(("label_dropout", "guidance"), [(0.0, 1.0), (0.1, 2.0)])
+def test_grids_are_guided_where_the_null_label_was_learnt(quick: Make, label_dropout: float, guidance: float) -> None:
+    trainer = Trainer(quick(steps=3, label_dropout=label_dropout, lr=0.01, warmup_steps=1))
+    list(trainer.steps())
+    grid = Image.open(trainer.draw_samples())
+    labels = [row for row in range(9) for _ in range(8)]
+    with trainer.ema_weights():
+        drawn = {
+            scale: draw_in_batches(trainer.pipeline(), labels, len(labels), 8, guidance_scale=scale)
+            for scale in (1.0, 2.0)
+        }
+        expected = {
+            scale: draw_grid(list(itertools.chain.from_iterable(batches)), 8, row_names=trainer.dataset.label_names)
+            for scale, batches in drawn.items()
+        }
+    equal = {scale: np.array_equal(grid, picture) for scale, picture in expected.items()}
+    assert equal == {1.0: guidance == 1.0, 2.0: guidance == 2.0}
 
 
 def test_ema_follows_its_warm_up(quick: Make) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from liquid_diffusion.codecs import AutoencoderCodec, make_codec
-from liquid_diffusion.config import TrainConfig, UserError
+from liquid_diffusion.config import GUIDANCE, TrainConfig, UserError
 from liquid_diffusion.data.feed import Feed, describe, open_batches, open_latents, open_pictures
 from liquid_diffusion.data.ranged import SourceLostError
 from liquid_diffusion.data.stream import PictureStream
@@ -398,8 +398,10 @@ class Trainer:
         names = self.dataset.label_names
         rows = len(names[:10]) or 4
         labels = [row for row in range(rows) for _ in range(_GRID_COLUMNS)] if names else None
+        guidance = GUIDANCE if self.config.label_dropout else 1.0  # a null label that was never seen guides nowhere
         with self.ema_weights(), self.codec.on(self.accelerator.device):
             # as many at once as a step has room for
-            batches = draw_in_batches(self.pipeline(), labels, rows * _GRID_COLUMNS, self.config.batch_size)
+            count, batch_size = rows * _GRID_COLUMNS, self.config.batch_size
+            batches = draw_in_batches(self.pipeline(), labels, count, batch_size, guidance_scale=guidance)
             images = list(itertools.chain.from_iterable(batches))
         return self.folder.save_samples(draw_grid(images, _GRID_COLUMNS, row_names=names[:rows]), self.step)
