@@ -52,8 +52,8 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serving(run: str, place: Path) -> Iterator[str]:
-    """`liquid-diffusion demo` as a process of its own, working in a folder, and ended by Ctrl-C."""
+def serving(run: str, place: Path, end: signal.Signals = signal.SIGINT) -> Iterator[str]:
+    """`liquid-diffusion demo` as a process of its own, working in a folder, and ended by Ctrl-C or as a service is."""
     port, own = free_port(), place / f"tmp-{run.replace('/', '-')}"
     own.mkdir()
     process = subprocess.Popen(
@@ -67,7 +67,7 @@ def serving(run: str, place: Path) -> Iterator[str]:
         (private,) = own.glob("liquid-diffusion-demo-*")
         assert private.stat().st_mode & 0o077 == 0  # nobody else reads what gradio writes
         yield f"http://127.0.0.1:{port}/"
-        process.send_signal(signal.SIGINT)
+        process.send_signal(end)
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
@@ -167,7 +167,7 @@ def test_a_model_alone_without_classes_on_latents(
     make_pipeline: Callable[..., LiquidDiffusionPipeline], tmp_path: Path
 ) -> None:
     make_pipeline(classes=0, with_vae=True).save_pretrained(tmp_path / "model")
-    with serving("model", tmp_path) as url:
+    with serving("model", tmp_path, signal.SIGTERM) as url:
         config = httpx.get(f"{url}config", timeout=20).json()
         assert "this is a model alone" in str(config)
         hidden = [c["props"]["label"] for c in config["components"] if c["props"].get("visible") is False]

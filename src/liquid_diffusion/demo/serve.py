@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import random
+import signal
 import socket
 import tempfile
 import time
@@ -311,7 +312,7 @@ def _check_address(host: str, port: int) -> None:
 
 
 def serve(run: str | None, config: DemoConfig) -> NoReturn:
-    """What `liquid-diffusion demo` does: the page of a run on this machine, until Ctrl-C.
+    """What `liquid-diffusion demo` does: the page of a run on this machine, until Ctrl-C or SIGTERM.
 
     Raises:
         UserError: the run can't be loaded, the address can't be used, or the extra `demo` is not installed.
@@ -321,6 +322,7 @@ def serve(run: str | None, config: DemoConfig) -> NoReturn:
     disable_progress_bar()  # of the parts being loaded
     keep_freed_memory()
     pipeline = load_pipeline(run).to(process_state().device)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or a service that is stopped leaves its files
     with private_files():
         blocks = Demo(pipeline, find_run(run)).launch(config.host, config.port)
         print(f"{blocks.local_url} shows {run or 'the packaged model'}; Ctrl-C ends it.", flush=True)
