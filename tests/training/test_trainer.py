@@ -132,7 +132,7 @@ def test_grids_are_guided_where_the_null_label_was_learnt(quick: Make, label_dro
             scale: draw_grid(list(itertools.chain.from_iterable(batches)), 8, row_names=trainer.dataset.label_names)
             for scale, batches in drawn.items()
         }
-    equal = {scale: np.array_equal(grid, picture) for scale, picture in expected.items()}
+    equal = {scale: np.array_equal(np.asarray(grid), np.asarray(picture)) for scale, picture in expected.items()}
     assert equal == {1.0: guidance == 1.0, 2.0: guidance == 2.0}
 
 
