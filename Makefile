@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/quickstart
 
-.PHONY: quickstart test lint docs liquid-figures bench bench-depthwise bench-data bench-memory package quality ablations causal figures ship bench-installed install clean
+.PHONY: quickstart test lint docs liquid-figures bench bench-depthwise bench-data bench-memory bench-precision package quality ablations causal figures ship bench-installed install clean
 
 quickstart: install  ## train on the emoji, draw pictures, and show the nearest training picture of each
 	$(BIN)/liquid-diffusion train --out $(RUN)
@@ -27,6 +27,10 @@ bench: bench-installed  ## speed beside peers of equal parameters, profile and r
 
 bench-depthwise: install  ## our depthwise convolution beside the library's
 	$(BIN)/python benchmarks/depthwise.py
+
+bench-precision: bench-installed  ## what bfloat16 gains over float32 on this machine
+	$(BIN)/python benchmarks/precision.py
+	$(BIN)/python benchmarks/performance_tables.py
 
 package: install  ## build, install the wheel in a fresh environment, and use it from an empty folder
 	rm -rf dist build/package

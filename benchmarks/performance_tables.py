@@ -109,6 +109,22 @@ def memory_table(rows: list[Row]) -> str:
     return markdown(["batch 8, bfloat16, GB", *ways], lines) if rows else NOT_YET
 
 
+def precision_table(rows: list[Row]) -> str:
+    """float32 beside bfloat16, a line for each machine and computation."""
+    lines = [
+        [
+            row["machine"],
+            row["what"],
+            row["float32_ms"],
+            row["bfloat16_ms"],
+            f"**{float(row['float32_ms']) / float(row['bfloat16_ms']):.1f} x** "
+            f"({float(row['least_ratio']):.1f} to {float(row['most_ratio']):.1f})",
+        ]
+        for row in rows
+    ]
+    return markdown(["machine", "", "float32, ms", "bfloat16, ms", "gain"], lines) if rows else NOT_YET
+
+
 def reading_table(rows: list[Row]) -> str:
     """Where pictures come from, how fast, and how long a training step waits for them."""
     lines = [
@@ -127,6 +143,7 @@ def main() -> None:
     tables["profile"] = profile_table(read_rows(RESULTS / "profile.csv"))
     tables["roofline"] = roofline_table(read_rows(RESULTS / "roofline.csv"))
     tables["memory"] = memory_table(read_rows(RESULTS / "memory.csv"))
+    tables["precision"] = precision_table(read_rows(RESULTS / "precision.csv"))
     tables["reading"] = reading_table(read_rows(RESULTS / "data.csv"))
     write_tables(tables, DOCUMENT)
 

@@ -5,20 +5,34 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from liquid_diffusion.config import UserError
-from liquid_diffusion.hardware import at_most_cores, choose_precision
+from liquid_diffusion.hardware import at_most_cores, choose_precision, fastest_dtype
 
 CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 
 
-@pytest.mark.parametrize(("amx", "expected"), [(True, "bf16"), (False, "no")])
-def test_cpu(monkeypatch: pytest.MonkeyPatch, amx: bool, expected: str) -> None:
+@pytest.mark.parametrize(
+    ("amx", "avx512_bf16", "expected"), [(True, True, "bf16"), (False, True, "bf16"), (False, False, "no")]
+)
+def test_cpu(monkeypatch: pytest.MonkeyPatch, amx: bool, avx512_bf16: bool, expected: str) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
     assert choose_precision("auto", CPU) == expected
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="no other source of what the processor can do")
+def test_bfloat16_follows_the_processor() -> None:
+    """The kernel's list of the processor's instructions, which torch does not read."""
+    flags = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "")
+    if not flags:
+        pytest.skip("a processor that lists no flags")
+    fast = bool({"amx_bf16", "avx512_bf16"} & set(flags.split()))
+    assert fastest_dtype(CPU) == (torch.bfloat16 if fast else torch.float32)
 
 
 @pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "fp16")])

@@ -50,10 +50,10 @@ def _modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 class _Convolution:
     """A convolution with its weights in the sampling dtype, and a SiLU behind it or not.
 
-    On a CPU in bfloat16 it calls oneDNN by the operators that torch.compile puts there: activation and residual sum are
-    part of the convolution, which spares a pass over memory each, and the weights are brought into oneDNN's layout once
-    instead of at every call, which at (8, 256, 8, 8) -> 256 channels is a third of the time on two cores (55 against
-    87 us).
+    On a CPU with AMX, in bfloat16, it calls oneDNN by the operators that torch.compile puts there: activation and
+    residual sum are part of the convolution, which spares a pass over memory each, and the weights are brought into
+    oneDNN's layout once instead of at every call, which at (8, 256, 8, 8) -> 256 channels is a third of the time on two
+    cores (55 against 87 us).
     """
 
     def __init__(
@@ -71,8 +71,9 @@ class _Convolution:
         self.stride, self.padding, self.groups = [stride] * 2, [weight.shape[-1] // 2] * 2, groups
         self.silu = silu
         self.packed = None
-        # in float32 the layout for a size that is not known yet can be 50 times slower than none
-        if weight.device.type == "cpu" and dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
+        # For AMX alone: elsewhere, in float32 or in bfloat16, the layout for a size that is not known yet can be 50 times
+        # slower than none.
+        if weight.device.type == "cpu" and dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
             self.packed = torch.ops.mkldnn._reorder_convolution_weight(
                 self.weight, self.padding, self.stride, [1, 1], groups
             )
