@@ -19,6 +19,8 @@ Shapes: B batch, C channels, H W height and width, T width of the condition embe
 
 from __future__ import annotations
 
+import functools
+import platform
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
@@ -47,13 +49,19 @@ def _modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return channel_norm(x, scale.flatten(), shift.flatten())
 
 
+@functools.cache
+def _has_onednn() -> bool:
+    """Whether oneDNN's operators are there, on a processor that they were measured on."""
+    return torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
+
+
 class _Convolution:
     """A convolution with its weights in the sampling dtype, and a SiLU behind it or not.
 
-    On a CPU with AMX, in bfloat16, it calls oneDNN by the operators that torch.compile puts there: activation and
-    residual sum are part of the convolution, which spares a pass over memory each, and the weights are brought into
-    oneDNN's layout once instead of at every call, which at (8, 256, 8, 8) -> 256 channels is a third of the time on two
-    cores (55 against 87 us).
+    On an x86 processor it calls oneDNN by the operators that torch.compile puts there: activation and residual sum are
+    part of the convolution, which spares a pass over memory each, and the weights are brought into oneDNN's layout once
+    instead of at every call. The layout is asked for with the size of the input: the one for any size can be 50 times
+    slower than none.
     """
 
     def __init__(
@@ -70,13 +78,8 @@ class _Convolution:
         self.bias = bias.to(dtype)
         self.stride, self.padding, self.groups = [stride] * 2, [weight.shape[-1] // 2] * 2, groups
         self.silu = silu
-        self.packed = None
-        # For AMX alone: elsewhere, in float32 or in bfloat16, the layout for a size that is not known yet can be 50 times
-        # slower than none.
-        if weight.device.type == "cpu" and dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
-            self.packed = torch.ops.mkldnn._reorder_convolution_weight(
-                self.weight, self.padding, self.stride, [1, 1], groups
-            )
+        self.packed: dict[torch.Size, Tensor] = {}  # by the shape of the input
+        self.onednn = weight.device.type == "cpu" and _has_onednn()
 
     @classmethod
     def of(cls, layer: nn.Conv2d, dtype: torch.dtype, silu: bool = False) -> _Convolution:
@@ -85,7 +88,7 @@ class _Convolution:
         return cls(layer.weight, layer.bias, dtype, stride=layer.stride[0], silu=silu)
 
     def _call(self, z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        if self.packed is not None:
+        if self.onednn:
             geometry = (self.padding, self.stride, [1, 1], self.groups)
             return torch.ops.mkldnn._convolution_pointwise(
                 z, weight, bias, *geometry, "swish" if self.silu else "none", [], "none"
@@ -95,7 +98,11 @@ class _Convolution:
 
     def __call__(self, z: Tensor) -> Tensor:
         """z (B, C, H, W) -> (B, C', H', W')."""
-        return self._call(z, self.weight if self.packed is None else self.packed, self.bias)
+        if self.onednn and z.shape not in self.packed:
+            self.packed[z.shape] = torch.ops.mkldnn._reorder_convolution_weight(
+                self.weight, self.padding, self.stride, [1, 1], self.groups, z.shape
+            )
+        return self._call(z, self.packed[z.shape] if self.onednn else self.weight, self.bias)
 
     def folds(self, z: Tensor, scale: Tensor) -> bool:
         """Whether to multiply a scale (B, C', 1, 1) into the weights: one for all pictures, and cheaper than a pass."""
@@ -113,7 +120,7 @@ class _Convolution:
             return
         scale = scale.flatten()
         weight, bias = self.weight * scale[:, None, None, None], self.bias * scale
-        if self.packed is None:
+        if not self.onednn:
             x.add_(self._call(z, weight, bias))
             return
         geometry = (self.padding, self.stride, [1, 1], self.groups)
