@@ -248,6 +248,14 @@ def _with_backbone(make: Callable[[int], nn.Module]) -> Block:
     return block
 
 
+def _dense(channels: int, condition_channels: int, ratio: float) -> nn.Module:
+    """A full 3x3 convolution in place of the 1x1 that makes the hidden features of the liquid layer."""
+    hidden = hidden_width(channels, ratio)
+    layer = ParallelCfC(channels, condition_channels, hidden)
+    layer.backbone = nn.Conv2d(channels, hidden, 3, padding=1)
+    return Variant(channels, condition_channels, layer)
+
+
 @dataclass(frozen=True)
 class Ablation:
     """A variant.
@@ -255,7 +263,7 @@ class Ablation:
     Attributes:
         question: what it answers, in a few words for the table.
         block: made of (channels, condition_channels, ratio).
-        times: the distribution of the training times.
+        times, time_shift: the distribution of the training times.
         shape: in place of the preset's; its parameters are not matched, but may not be 5 % off either.
         equal: whether its parameters are matched; else it has what it has, and the table tells.
     """
@@ -263,6 +271,7 @@ class Ablation:
     question: str
     block: Block
     times: TimeSampling = "logit-normal"
+    time_shift: float = 1.0
     shape: UNetConfig | None = None
     equal: bool = True
 
@@ -284,6 +293,7 @@ ABLATIONS = {
         "depthwise 3x3 before the heads", _with_backbone(lambda c: nn.Conv2d(c, c, 3, padding=1, groups=c))
     ),
     "backbone 7x7": Ablation("depthwise 7x7 before the heads", _with_backbone(Depthwise7)),
+    "backbone dense": Ablation("a full 3x3 makes the hidden features", _dense),
     "narrow": Ablation("a finest stage of 64 channels, not 96", _switched("liquid", "liquid"), shape=_NARROW),
     "feed-forward": Ablation("and a step of its own for the wide features", WithFeedForward, shape=_NARROW),
     "one step": Ablation("liquid layer and spatial mix in one step", OneStep),
@@ -291,6 +301,7 @@ ABLATIONS = {
     "mix no gate": Ablation("no pooling gate", _with_mix(MixWithoutGate)),
     "no adaln-zero": Ablation("residual steps without output gates", WithoutOutputGates),
     "times uniform": Ablation("training times uniform", _switched("liquid", "liquid"), times="uniform"),
+    "times shifted": Ablation("training times nearer to noise", _switched("liquid", "liquid"), time_shift=3.0),
 }
 
 
@@ -307,7 +318,7 @@ def ablated(name: str, size: str, channels: int, num_classes: int) -> LiquidUNet
 
     if not ablation.equal or ablation.shape or name == "liquid":
         return build(shape.ratio)
-    few, many = 1.0, 9.0
+    few, many = 0.5, 9.0
     with torch.device("meta"):
         wanted = LiquidUNet.from_preset(size, channels, num_classes).num_parameters()
         while many - few > 0.05:  # a step of 32 channels is rarely finer

@@ -83,13 +83,21 @@ class Training:
         codec: fitted.
         lr: after the warm-up.
         seed: of batches, times, noise and hidden labels.
-        times: distribution of the training times.
+        times, time_shift: distribution of the training times.
     """
 
     def __init__(
-        self, model: nn.Module, dataset: PictureDataset, codec: Codec, lr: float, seed: int, times: TimeSampling
+        self,
+        model: nn.Module,
+        dataset: PictureDataset,
+        codec: Codec,
+        lr: float,
+        seed: int,
+        times: TimeSampling,
+        time_shift: float = 1.0,
     ) -> None:
-        self.model, self.dataset, self.codec, self.lr, self.times = model, dataset, codec, lr, times
+        self.model, self.dataset, self.codec, self.lr = model, dataset, codec, lr
+        self.times, self.time_shift = times, time_shift
         self.device = next(model.parameters()).device
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=_RUN.weight_decay, fused=True
@@ -102,7 +110,7 @@ class Training:
     def _loss(self, generator: torch.Generator, keys: Sequence[tuple[int, int]]) -> Tensor:
         images, labels, _ = collate([self.dataset[key] for key in keys])
         x0 = self.codec.encode(to_float(images.to(self.device)))
-        t = sample_times(len(x0), self.times, generator)
+        t = sample_times(len(x0), self.times, generator, self.time_shift)
         noise = torch.randn(x0.shape, generator=generator, device=self.device)
         hidden = torch.rand(len(x0), generator=generator, device=self.device) < _RUN.label_dropout
         labels = labels.to(self.device).masked_fill(hidden, len(self.dataset.label_names))

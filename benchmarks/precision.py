@@ -1,4 +1,4 @@
-"""What bfloat16 gains over float32 on this machine: a training step and an evaluation of ours, and the SD-VAE's decoder.
+"""What bfloat16 gains over float32 on this machine: training steps and evaluations of ours, and the SD-VAE's decoder.
 
     python benchmarks/precision.py
 

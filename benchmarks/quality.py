@@ -161,8 +161,8 @@ class Comparison:
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "flops": forward_flops(model, self.codec.channels, side, self.device),
         }
-        times = ABLATIONS[name].times if name in ABLATIONS else "logit-normal"
-        training = Training(model, self.train, self.codec, lr, seed, times)
+        ablation = ABLATIONS[name if name in ABLATIONS else OURS]
+        training = Training(model, self.train, self.codec, lr, seed, ablation.times, ablation.time_shift)
         rows = []
         for point in training.points(self.budget, self.options.fractions):
             found = {"held_out_loss": held_out_loss(model, self.codec, self.reference)}

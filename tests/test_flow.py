@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from scipy import stats
@@ -39,3 +41,5 @@ def test_time_distributions() -> None:
     assert stats.kstest(uniform, "uniform").pvalue > 0.01
     logit_normal = sample_times(20000, "logit-normal", generator).double()
     assert stats.kstest(torch.logit(logit_normal).numpy(), "norm").pvalue > 0.01
+    shifted = sample_times(20000, "logit-normal", generator, shift=3.0).double()
+    assert stats.kstest(torch.logit(shifted).numpy(), "norm", (math.log(3), 1)).pvalue > 0.01

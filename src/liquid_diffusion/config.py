@@ -62,6 +62,7 @@ class TrainConfig:
         0.1, "share of labels hidden in training, which makes guidance possible; after 0 sample with --guidance 1"
     )
     time_sampling: Literal["logit-normal", "uniform"] = _option("logit-normal", "distribution of the training times")
+    time_shift: float = _option(1.0, "above 1: training times nearer to noise, where a picture's layout is decided")
     crop: Literal["center", "random", "pad"] = _option(
         "center", "center; random: 0.8 to 1 of the largest crop, from anywhere; or pad: the whole picture on white"
     )
@@ -98,8 +99,8 @@ class TrainConfig:
             raise UserError("A random crop differs each time and can't be cached; take --crop center or pad.")
         if self.streaming and (self.cache_latents or self.buckets):
             raise UserError("A stream is read as it comes: leave out --streaming, or --cache-latents and --buckets.")
-        if (self.lr is not None and self.lr <= 0) or self.max_grad_norm <= 0:
-            raise UserError("lr and max_grad_norm must be above 0.")
+        if (self.lr is not None and self.lr <= 0) or self.max_grad_norm <= 0 or self.time_shift <= 0:
+            raise UserError("lr, max_grad_norm and time_shift must be above 0.")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed must lie between 0 and 2^32 - 1, not {self.seed}.")
         if self.workers < 0 or self.warmup_steps < 0:

@@ -37,15 +37,20 @@ def predicted_data(x_t: Tensor, v: Tensor, t: Tensor) -> Tensor:
     return x_t - _like_images(t) * v
 
 
-def sample_times(batch: int, kind: TimeSampling, generator: torch.Generator) -> Tensor:
+def sample_times(batch: int, kind: TimeSampling, generator: torch.Generator, shift: float = 1.0) -> Tensor:
     """Times to train at: (batch,) float32 in [0, 1], on the generator's device.
 
     "logit-normal" is the sigmoid of a standard normal number: it visits the middle of the path, where the velocity is
     hardest to tell, more often (Esser et al., arXiv 2403.03206, section 3.1).
+
+    A shift s above 1 moves them towards the noise, ``s t / (1 + (s - 1) t)`` (ibid., equation 23): the logit of t grows
+    by ``log s``.
     """
     if kind == "uniform":
-        return torch.rand(batch, generator=generator, device=generator.device)
-    return torch.sigmoid(torch.randn(batch, generator=generator, device=generator.device))
+        t = torch.rand(batch, generator=generator, device=generator.device)
+    else:
+        t = torch.sigmoid(torch.randn(batch, generator=generator, device=generator.device))
+    return shift * t / (1 + (shift - 1) * t)
 
 
 def flow_loss(prediction: Tensor, target: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from liquid_diffusion.pipeline import LiquidDiffusionPipeline
 GRID = "samples.png"
 _SETTINGS = (
     "model", "image_size", "codec", "steps", "batch_size", "gradient_accumulation", "lr", "warmup_steps", "cooldown",
-    "weight_decay", "ema_decay", "label_dropout", "time_sampling", "flip", "precision", "seed",
+    "weight_decay", "ema_decay", "label_dropout", "time_sampling", "time_shift", "flip", "precision", "seed",
 )  # fmt: skip
 _FIGURES = {
     "kd": "kernel distance",

@@ -223,7 +223,7 @@ class Trainer:
         """The loss of a batch of the data set and labels (B,), at times and noise drawn from the run's generator."""
         device = self.accelerator.device
         x0 = self.dataset.to_latents(images.to(device, non_blocking=True), self.codec, self.generator)
-        t = sample_times(len(x0), self.config.time_sampling, self.generator)
+        t = sample_times(len(x0), self.config.time_sampling, self.generator, self.config.time_shift)
         noise = torch.randn(x0.shape, generator=self.generator, device=device)
         classes = None
         if self.dataset.label_names:
