@@ -47,7 +47,9 @@ def beside(found: dict[Case, dict[str, Row]], header: list[str], places: list[in
 
 
 def speed_tables(rows: list[Row]) -> dict[str, str]:
-    found = cases(rows)
+    """Tables of the machine with AMX, and one of what was measured without it."""
+    found = cases([row for row in rows if row["machine"].endswith("AMX")])
+    without = cases([row for row in rows if row["machine"].endswith("AVX512_BF16")])
 
     def of(task: str, preset: str | None = None) -> dict[Case, dict[str, Row]]:
         return {case: models for case, models in found.items() if case[0] == task and preset in (None, case[1])}
@@ -61,6 +63,7 @@ def speed_tables(rows: list[Row]) -> dict[str, str]:
     return {
         "evaluation": beside(of("evaluation", "tiny"), ["batch", "latent"], [2, 3]),
         "training step": beside(of("training step", "tiny"), ["batch", "latent"], [2, 3]),
+        "without AMX": beside(without, ["task", "batch", "latent"], [0, 2, 3]),
         "all compiled": beside(of("training step, all compiled", "tiny"), ["batch", "latent"], [2, 3]),
         "presets": beside(largest, ["task", "preset"], [0, 1]),
         "float32": beside(of("evaluation in float32", "tiny"), ["batch", "latent"], [2, 3]),

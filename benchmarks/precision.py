@@ -9,14 +9,13 @@ replace those of before in benchmarks/results/precision.csv.
 from __future__ import annotations
 
 import csv
-import platform
 import statistics
 from collections.abc import Callable
 
 import torch
 from diffusers import AutoencoderKL
 from figures import RESULTS, read_rows
-from speed import CHANNELS, CLASSES, batch_of, schedule, take_turns
+from speed import CHANNELS, CLASSES, batch_of, machine, schedule, take_turns
 
 from liquid_diffusion.compile import compile_for_sampling
 from liquid_diffusion.estimate import SD_VAE
@@ -29,13 +28,6 @@ CASES = [("nano", 8, 16), ("tiny", 1, 32), ("tiny", 8, 32), ("tiny", 8, 64)]  # 
 RUNS = 7
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Versions = dict[str, Callable[[], object]]  # of one computation, by the name of the dtype
-
-
-def machine() -> str:
-    """Cores and architecture, and what the processor multiplies bfloat16 with."""
-    units = {"AMX": torch.cpu._is_amx_tile_supported(), "AVX512_BF16": torch.cpu._is_avx512_bf16_supported()}
-    best = next((name for name, there in units.items() if there), "no bfloat16")
-    return f"{torch.get_num_threads()} cores {platform.machine()}, {best}"
 
 
 def evaluations(model: LiquidUNet, batch: int, size: int) -> Versions:
@@ -80,13 +72,14 @@ def main() -> None:
         functions[f"training step, {preset}, batch {batch}, latent {size}"] = training_steps(model, batch, size)
         functions[f"evaluation, {preset}, batch {batch}, latent {size}"] = evaluations(model, batch, size)
     functions["SD-VAE's decoder, 256 px"] = decodings()
-    rows = [row for row in read_rows(PRECISION) if row["machine"] != machine()]
+    here = machine(torch.device("cpu"))
+    rows = [row for row in read_rows(PRECISION) if row["machine"] != here]
     for what, versions in functions.items():
         times = take_turns(versions, RUNS, torch.device("cpu"))
         ratios = [slow / fast for slow, fast in zip(times["float32"], times["bfloat16"], strict=True)]
         medians = {f"{name}_ms": f"{statistics.median(some):.1f}" for name, some in times.items()}
         spread = {"least_ratio": f"{min(ratios):.2f}", "most_ratio": f"{max(ratios):.2f}"}
-        rows.append({"machine": machine(), "what": what, **medians, **spread, "runs": str(RUNS)})
+        rows.append({"machine": here, "what": what, **medians, **spread, "runs": str(RUNS)})
         print(what, medians, spread, flush=True)
     with PRECISION.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")

@@ -53,6 +53,15 @@ COLUMNS = [
 OURS = "LiquidUNet"
 
 
+def machine(device: torch.device) -> str:
+    """The card; or the cores, their architecture, and what the processor multiplies bfloat16 with."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    units = {"AMX": torch.cpu._is_amx_tile_supported(), "AVX512_BF16": torch.cpu._is_avx512_bf16_supported()}
+    best = next((name for name, there in units.items() if there), "no bfloat16")
+    return f"{torch.get_num_threads()} cores {platform.machine()}, {best}"
+
+
 def build(name: str, size: int, device: torch.device) -> dict[str, nn.Module]:
     ours = LiquidUNet.from_preset(name, CHANNELS, CLASSES)
     count = sum(parameter.numel() for parameter in ours.parameters())
@@ -241,11 +250,6 @@ def is_worth_it(task: str, batch: int, size: int, device: torch.device) -> bool:
 def measure(preset: str, sizes: list[int], batches: list[int], tasks: list[str], runs: int) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     keep_freed_memory()
-    machine = (
-        torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else f"{torch.get_num_threads()} cores {platform.machine()}"
-    )
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / "speed.csv"
@@ -263,7 +267,7 @@ def measure(preset: str, sizes: list[int], batches: list[int], tasks: list[str],
                     times = take_turns(make(models, batch, size, device), runs, device)
                     for name, some in times.items():
                         middle = statistics.median(some)
-                        row = [commit.stdout.strip(), machine, task, preset, name, batch, size]
+                        row = [commit.stdout.strip(), machine(device), task, preset, name, batch, size]
                         writer.writerow([*row, f"{middle:.1f}", f"{min(some):.1f}", f"{max(some):.1f}", runs])
                         ratio = middle / statistics.median(times[OURS])
                         print(
@@ -282,6 +286,7 @@ def draw() -> None:
 
     with (RESULTS / "speed.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["task"] == "evaluation" and row["preset"] == "tiny"]
+    rows = [row for row in rows if row["machine"].endswith("AMX")]
     batch = max((row["batch"] for row in rows), key=int)
     rows = [row for row in rows if row["batch"] == batch and "," not in row["model"]]
     latest = {(row["model"], int(row["latent"])): float(row["median_ms"]) for row in rows}
