@@ -106,6 +106,20 @@ def test_parts_equal_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
 
 
+def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on another processor, and in a dtype that oneDNN does not have."""
+    model, x, t = small(), torch.randn(2, 4, 8, 8), torch.full((2,), 0.5)
+    labels = torch.tensor([1])
+    with torch.no_grad():
+        expected = model(x, t, labels.expand(2)).sample
+    exact = compile_for_sampling(model.double(), [0.5], labels, dtype=torch.float64)(x.double(), t)
+    assert relative_error(exact.float(), expected) < 1e-5
+    monkeypatch.setattr(sys.modules[compile_for_sampling.__module__], "_onednn_computes", lambda dtype: False)
+    assert relative_error(compile_for_sampling(model.float(), [0.5], labels)(x, t), expected) < 2e-2
+    plain = compile_for_sampling(model, [0.5], labels, dtype=torch.float32)(x, t)
+    assert relative_error(plain, expected) < 1e-5
+
+
 def test_the_original_is_untouched() -> None:
     model = small()
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -50,9 +50,11 @@ def _modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 @functools.cache
-def _has_onednn() -> bool:
-    """Whether oneDNN's operators are there, on a processor that they were measured on."""
-    return torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
+def _onednn_computes(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's operators are there for a dtype, on a processor of the kind that they were measured on."""
+    if not torch.backends.mkldnn.is_available() or platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class _Convolution:
@@ -79,7 +81,7 @@ class _Convolution:
         self.stride, self.padding, self.groups = [stride] * 2, [weight.shape[-1] // 2] * 2, groups
         self.silu = silu
         self.packed: dict[torch.Size, Tensor] = {}  # by the shape of the input
-        self.onednn = weight.device.type == "cpu" and _has_onednn()
+        self.onednn = weight.device.type == "cpu" and _onednn_computes(dtype)
 
     @classmethod
     def of(cls, layer: nn.Conv2d, dtype: torch.dtype, silu: bool = False) -> _Convolution:
