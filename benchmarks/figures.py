@@ -103,7 +103,7 @@ def comparison_tables(rows: list[Row], base: str, columns: dict[str, str] | None
             some = models[key]
             value, error = mean_and_error(some)
             other = mean_and_error(models[base,])[0]
-            names = ("held_out_loss", "fd", "precision", "recall", "steps")
+            names = ("held_out_loss", "fd", "precision", "recall", "steps", "seconds")
             average = {name: statistics.mean(float(row[name]) for row in some) for name in names}
             lines.append(
                 [
@@ -118,12 +118,14 @@ def comparison_tables(rows: list[Row], base: str, columns: dict[str, str] | None
                     f"{float(some[0]['parameters']) / 1e6:.2f} M",
                     f"{float(some[0]['flops']) / 1e6:.0f} M",
                     f"{average['steps']:.0f}",
+                    f"{1000 * average['seconds'] / average['steps']:.0f}",
                     some[0]["lr"],
                     str(len(some)),
                 ]
             )
         header = ["model", *(["what it tests"] if columns else []), "KD", f"{base} / it", f"difference from {base}"]
-        header += ["loss on val", "FD", "precision / recall", "parameters", "FLOPs", "steps", "lr", "seeds"]
+        header += ["loss on val", "FD", "precision / recall", "parameters", "FLOPs", "steps", "ms a step"]
+        header += ["lr", "seeds"]
         tables.append(f"{_setting(setting[0])}:\n\n{markdown(header, lines)}")
     return "\n\n".join(tables) or NOT_YET
 
@@ -215,7 +217,7 @@ def plot_curves(rows: list[Row], name: str, x: str, words: str) -> None:
 
 
 def draw_quality() -> None:
-    """All that quality.csv tells: tables in docs/ablations.md, and curves of the last setting of either budget."""
+    """All that quality.csv tells: tables in docs/ablations.md, and curves of either budget's setting with most rows."""
     from ablations import ABLATIONS
 
     rows = read_rows(QUALITY)
@@ -234,7 +236,7 @@ def draw_quality() -> None:
         some = [row for row in some if row["split"] == "val"]
         settings = list(_group(some, *SETTING).values())
         if settings:
-            plot_curves(settings[-1], f"quality-{name}", x, words)
+            plot_curves(max(settings, key=len), f"quality-{name}", x, words)
             tables[f"peers at equal {name}"] += _picture(f"quality-{name}", f"Kernel distance against {words}")
     write_tables(tables)
 

@@ -12,7 +12,7 @@ def rows(model: str, *values: float, **changes: str) -> list[Row]:
         "split": "val", "fraction": "1", "budget": "480 s", "clock": "wall", "size": "32", "preset": "nano",
         "device": "x86_64", "threads": "2", "parameters": "5720652", "flops": "1e9", "steps": "1000", "lr": "0.001",
         "fd": "700", "precision": "0.5", "recall": "0.25", "kd_standard_error": "0.01",
-        "loss": "0.2", "held_out_loss": "0.25",
+        "loss": "0.2", "held_out_loss": "0.25", "seconds": "480",
     }  # fmt: skip
     return [base | {"model": model, "seed": str(seed), "kd": str(kd)} | changes for seed, kd in enumerate(values)]
 
@@ -42,6 +42,7 @@ def test_tables_hold_what_the_rows_say() -> None:
     assert table.count("**liquid**") == 1  # not the point on the way, nor the budget in which it is alone
     assert "| **liquid** | 0.500 ± 0.058 | 1.00 |" in table
     assert "| peer | 1.000 ± 0.115 | 0.50 | worse, 3.9 standard errors |" in table
+    assert table.count("| 1000 | 480 | 0.001 | 3 |") == 2  # steps, and milliseconds of each
     assert table.startswith("480 s each, 32 px, size of nano, x86_64, 2 threads:")
     assert comparison_tables([], "liquid") == NOT_YET
     tuning = tuning_table(
