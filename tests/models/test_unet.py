@@ -159,7 +159,10 @@ def test_save_and_load(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     again = LiquidUNet.from_pretrained(tmp_path)
     x = torch.randn(1, 4, 8, 8)
-    torch.testing.assert_close(again(x, 0.2).sample, model.eval()(x, 0.2).sample, atol=0, rtol=0)
+    for name, value in again.state_dict().items():
+        torch.testing.assert_close(value, model.state_dict()[name], atol=0, rtol=0)
+    # to rounding: weights that lie elsewhere in memory are summed in another order by some processors' kernels
+    torch.testing.assert_close(again(x, 0.2).sample, model.eval()(x, 0.2).sample, atol=1e-6, rtol=1e-5)
 
 
 def test_state_dict_keys_are_frozen() -> None:
