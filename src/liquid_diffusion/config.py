@@ -62,7 +62,7 @@ class TrainConfig:
         0.1, "share of labels hidden in training, which makes guidance possible; after 0 sample with --guidance 1"
     )
     time_sampling: Literal["logit-normal", "uniform"] = _option("logit-normal", "distribution of the training times")
-    time_shift: float = _option(1.0, "above 1: training times nearer to noise, where a picture's layout is decided")
+    time_shift: float = _option(1.0, "above 1 moves the training times towards noise")
     crop: Literal["center", "random", "pad"] = _option(
         "center", "center; random: 0.8 to 1 of the largest crop, from anywhere; or pad: the whole picture on white"
     )

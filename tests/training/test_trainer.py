@@ -101,6 +101,24 @@ def test_target_of_the_training_is_noise_minus_data(quick: Make, monkeypatch: py
     assert trainer.loss(images, labels).item() < 1e-4
 
 
+def test_training_times_follow_their_options(quick: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of uniform times u a shift of 3 makes 3 u / (1 + 2 u), and noise and labels stay what they were."""
+    seen: list[torch.Tensor] = []
+
+    class Hearing:
+        def __call__(self, x_t: torch.Tensor, t: torch.Tensor, _: torch.Tensor) -> Any:
+            seen.append(t)
+            return type("Output", (), {"sample": x_t})
+
+    for shift in (1.0, 3.0):
+        trainer = Trainer(quick(time_sampling="uniform", time_shift=shift, out=f"{quick().out}-{shift}"))
+        images, labels, _ = next(trainer._batches())
+        monkeypatch.setattr(trainer, "wrapped", Hearing())
+        trainer.loss(images, labels)
+    plain, shifted = seen
+    torch.testing.assert_close(shifted, 3 * plain / (1 + 2 * plain))
+
+
 def test_labels_are_hidden_at_the_wanted_rate(quick: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(quick(label_dropout=0.25))
     seen: list[torch.Tensor] = []
