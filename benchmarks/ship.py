@@ -1,6 +1,7 @@
 """Put a trained run into the package, as the model that is meant where RUN is left out.
 
     python benchmarks/ship.py runs/nano-emoji          # make ship does the training too
+    python benchmarks/ship.py                          # only measure the packaged model again, and write its card
 
 Writes src/liquid_diffusion/shipped/nano-emoji: float16 weights in the layout of diffusers, what they were trained on,
 the figures of `liquid-diffusion evaluate` against all real pictures of the set, and a card with them. Code is left out
@@ -96,10 +97,11 @@ def _indented(text: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="run folder of `liquid-diffusion train`")
+    parser.add_argument("run", nargs="?", help="run folder of `liquid-diffusion train`")
     parser.add_argument("--n", type=int, default=1898, help="samples that are measured")
     options = parser.parse_args()
-    write_model(options.run, SHIPPED)
+    if options.run:
+        write_model(options.run, SHIPPED)
     metrics, pairs = measure(None, EvaluateConfig(n=options.n, reference="all"))
     metrics["run"] = SHIPPED.name
     if pairs is not None:

@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+import yaml
+from PIL import Image, PngImagePlugin
 
 from liquid_diffusion.cli import main
 from liquid_diffusion.codecs import PixelCodec
 from liquid_diffusion.config import TrainConfig
+from liquid_diffusion.data.split import is_held_out
 from liquid_diffusion.data.transforms import to_float
 from liquid_diffusion.evaluation.reference import pictures_of_run
 from liquid_diffusion.training.trainer import Trainer
@@ -98,6 +100,38 @@ def test_a_run_that_knows_its_pictures_by_heart(run: Path, tmp_path: Path, capsy
         pixels = np.asarray(sheet).astype(int)
     left = sheet.width - 8 * 66 + 2
     assert np.abs(pixels[:64, left:] - pixels[66:130, left:]).max() <= 1  # each over itself, mirrored as it was found
+
+
+def test_a_held_out_picture_that_was_trained_on_is_not_unseen(
+    run: Path, pictures: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """The same pixels in another file, which the split holds out by its bytes."""
+    shutil.copytree(pictures, tmp_path / "pictures")
+    other = tmp_path / "other"
+    shutil.copytree(run / "pipeline", other / "pipeline")
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    (other / "config.yaml").write_text(yaml.safe_dump({**settings, "data": str(tmp_path / "pictures")}))
+    trained = next(path for path in sorted(pictures.rglob("*.png")) if not is_held_out(path.read_bytes(), 0.35))
+    copy = tmp_path / "pictures" / trained.relative_to(pictures).with_name("copy.png")
+    with Image.open(trained) as picture:
+        for number in range(100):
+            note = PngImagePlugin.PngInfo()
+            note.add_text("number", str(number))
+            picture.save(copy, pnginfo=note)
+            if is_held_out(copy.read_bytes(), 0.35):
+                break
+    memories = []
+    for folder in (run, other):
+        out = tmp_path / "figures.json"
+        assert main(["evaluate", str(folder), "--n", "4", "--steps", "1", "--out", str(out)]) == 0
+        memories.append(json.loads(out.read_text())["memorisation"])
+    before, memory = memories
+    assert memory["held_out_pictures"] == before["held_out_pictures"] + 1
+    assert (before["held_out_seen"], memory["held_out_seen"]) == (0, 1)
+    for space in ("pixel_distance", "feature_distance"):  # as if it were not there
+        for figure in ("held_out_median", "held_out_1st_percentile"):
+            assert memory[space][figure] == pytest.approx(before[space][figure], rel=1e-4)
+    assert "are the same as a picture that was trained on" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

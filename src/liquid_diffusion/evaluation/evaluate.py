@@ -89,16 +89,22 @@ def _memory(
     if train.flip:
         trained = torch.cat([trained, cached.of(train, mirrored=True)])
     distances, index = nearest_rows(features, trained)
-    unseen = None if held_out is None else nearest_rows(cached.of(held_out), trained)[0]
     pictures = to_float(samples)
     pixel = nearest_pictures(pictures, train)[1]
-    unseen_pixel = None
+    unseen, unseen_pixel, seen = None, None, 0
     if held_out is not None:
+        unseen = nearest_rows(cached.of(held_out), trained)[0]
         real = to_float(torch.stack([held_out.picture(i)["image"] for i in range(len(held_out))]))
         unseen_pixel = nearest_pictures(real, train)[1]
+        # Two files may be one picture at this size. What was trained on is not unseen, and a distance of 0 among so few
+        # would be their first percentile, which no copy is under.
+        new = unseen_pixel > 0
+        seen = int((~new).sum())
+        unseen, unseen_pixel = unseen[new], unseen_pixel[new]
     facts = {
         "training_pictures": len(train),
         "held_out_pictures": 0 if held_out is None else len(held_out),
+        "held_out_seen": seen,
         "feature_distance": asdict(Nearness.of(distances, unseen)),
         "pixel_distance": asdict(Nearness.of(pixel, unseen_pixel)),
     }

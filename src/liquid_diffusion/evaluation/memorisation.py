@@ -29,8 +29,8 @@ class Nearness:
 
     @classmethod
     def of(cls, samples: Tensor, held_out: Tensor | None) -> Nearness:
-        """Of distances (M,) of samples and (K,) of held-out pictures."""
-        if held_out is None:
+        """Of distances (M,) of samples and (K,) of held-out pictures, if there are any."""
+        if held_out is None or not len(held_out):
             return cls(float(samples.median()))
         threshold = torch.quantile(held_out.double(), 0.01)
         nearer = (samples.double() < threshold).double().mean()

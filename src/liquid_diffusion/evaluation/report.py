@@ -62,6 +62,9 @@ def table(facts: dict[str, Any]) -> str:
             medians = [_number(near["samples_median"]), _number(near["held_out_median"])]
             rows.append([space, *medians, "-" if share is None else f"{share:.1%}"])
         lines += ["", *_aligned(rows)]
+        if memory.get("held_out_seen"):
+            seen = f"{memory['held_out_seen']} of {memory['held_out_pictures']} held-out pictures"
+            lines.append(f"({seen} are the same as a picture that was trained on, at this size, and left out here)")
         if "nearest_pairs" in facts:
             lines.append(f"(the nearest pairs: {facts['nearest_pairs']})")
     return "\n".join(lines)
