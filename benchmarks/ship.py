@@ -80,15 +80,16 @@ the model draws derives from these graphics: name them as the licence asks.
 {_indented(table(metrics))}
 
 The median distance of a sample to its nearest training picture is {features:.2f} times that of a held-out picture in
-features, and {pixels:.2f} times in pixels; a copier's would be near 0. Of a model that copies nothing 1 % of the samples
-would be nearer than all but one in a hundred held-out pictures; here it is up to {nearer:.1%}. Kernel and Frechet distance are in the features of EfficientNet-Lite0 and can't be compared with FID.
+features, and {pixels:.2f} times in pixels; a copier's would be near 0. Of a model that copies nothing 1 % of the
+samples would be nearer than all but one in a hundred held-out pictures; here it is up to {nearer:.1%}. Kernel and
+Frechet distance are in the features of EfficientNet-Lite0 and can't be compared with FID.
 
 ## Limits
 
 It knows these emoji and nothing else, at this size, and takes no text. Flags, faces and signs are its best; people
-and small things fall apart. The simplest signs (hearts, the pictograms of families, a face) come out nearly as they are in the
-set: benchmarks/results/nano-emoji-nearest.png in the repository has the 16 nearest pairs. It was made to show what a
-few million parameters do, and to try the commands with.
+and small things fall apart. The simplest signs (hearts, the pictograms of families, a face) come out nearly as they
+are in the set: benchmarks/results/nano-emoji-nearest.png in the repository has the 16 nearest pairs. It was made to
+show what a few million parameters do, and to try the commands with.
 """
 
 
