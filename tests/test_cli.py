@@ -172,8 +172,8 @@ def test_sd_vae_of_the_hub_is_fetched_once(little_hub: LittleHub, photos: Path, 
         (["--model", "huge"], "no model 'huge'; choose from nano, tiny, small, base"),
         (["--image-size", "20"], "image_size 20 can't be divided by 8"),
         (["--image-size", "0"], "image_size must be at least 1"),
-        (["--codec", "./no/vae"], "codec './no/vae' is neither a folder here nor reachable"),
-        (["--codec", "sd-vae"], "codec 'sd-vae' is neither a folder here nor reachable"),
+        (["--codec", "./no/vae"], "codec './no/vae' can't be had"),
+        (["--codec", "sd-vae"], "codec 'sd-vae' can't be had"),
         (["--lr", "-1"], "lr, max_grad_norm and time_shift must be above 0"),
         (["--time-shift", "0"], "lr, max_grad_norm and time_shift must be above 0"),
         (["--seed", "-1"], "seed must lie between 0 and 2^32 - 1"),
@@ -290,6 +290,6 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Signa
     assert "Traceback" not in errors
     step = int(said.split("Stopped at step ")[1].split(";")[0])
     assert (out / "checkpoints" / f"step-{step:06d}" / "manifest.json").is_file()
-    go_on = said.strip().splitlines()[-1].split("Go on: liquid-diffusion ")[1].split()
+    go_on = said.strip().splitlines()[-1].split("or: liquid-diffusion ")[1].split()
     assert run(*go_on, "--steps", str(step + 1)) == 0
     assert (out / "checkpoints" / f"step-{step + 1:06d}").is_dir()

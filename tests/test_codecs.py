@@ -107,7 +107,7 @@ def test_codec_from_a_folder_and_its_state(tmp_path: Path, kind: str) -> None:
 
 
 def test_codecs_that_can_not_be_had(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"neither a folder here nor reachable.*--codec pixels"):
+    with pytest.raises(UserError, match=r"no folder here, and the Hub.*--codec pixels"):
         load_vae(str(tmp_path / "nowhere"))
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "config.json").write_text('{"_class_name": "UNet2DModel"}')

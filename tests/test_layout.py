@@ -24,6 +24,7 @@ FLOORS = {
     "grid": 0,
     "history": 0,
     "hardware": 0,
+    "patience": 0,
     "models": 0,
     "data": 1,
     "compile": 1,

@@ -48,7 +48,8 @@ def _train(arguments: dict[str, Any]) -> int:
     if trainer.run():
         say(f"Done: {run.path}/samples. More pictures: liquid-diffusion sample {run.path}")
         return 0
-    say(f"Stopped at step {trainer.step}; all is saved. Go on: liquid-diffusion train --config {run.config_file}")
+    go_on = f"liquid-diffusion train --config {run.config_file}"
+    say(f"Stopped at step {trainer.step}; all is saved. Go on by the same command, or: {go_on}")
     return 130
 
 

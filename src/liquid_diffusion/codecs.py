@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from liquid_diffusion.config import UserError
 from liquid_diffusion.hardware import fastest_dtype
+from liquid_diffusion.patience import patiently
 
 HUB_NAMES = {"sd-vae": "stabilityai/sd-vae-ft-mse", "taesd": "madebyollin/taesd"}
 
@@ -236,16 +238,19 @@ def load_vae(name: str) -> AutoencoderKL | AutoencoderTiny:
     classes: dict[str, type[AutoencoderKL] | type[AutoencoderTiny]]
     classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
     try:
-        kind = AutoencoderKL.load_config(source).get("_class_name")
-        if kind not in classes:
-            raise UserError(f"The codec {name!r} is a {kind}; only AutoencoderKL and AutoencoderTiny are known.")
-        return classes[kind].from_pretrained(source, torch_dtype=torch.float32)
+        with patiently(), warnings.catch_warnings():
+            # diffusers passes an argument that the client of the Hub does not want any more
+            warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")
+            kind = AutoencoderKL.load_config(source).get("_class_name")
+            if kind not in classes:
+                raise UserError(f"The codec {name!r} is a {kind}; only AutoencoderKL and AutoencoderTiny are known.")
+            return classes[kind].from_pretrained(source, torch_dtype=torch.float32)
     except (OSError, SafetensorError, HFValidationError) as error:
         if Path(source).is_dir():
             raise UserError(f"The codec in {name} is damaged: {error}") from error
         raise UserError(
-            f"The codec {name!r} is neither a folder here nor reachable on the Hub; "
-            "check the name and the network, or train without a download by --codec pixels."
+            f"The codec {name!r} can't be had: it is no folder here, and the Hub does not know it or can't be reached. "
+            "Check the name and the network; --codec pixels needs no autoencoder."
         ) from error
 
 

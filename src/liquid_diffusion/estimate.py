@@ -15,6 +15,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils.weak import WeakIdKeyDictionary
+from tqdm import tqdm
 
 from liquid_diffusion.config import EncodeConfig, EstimateConfig, RunConfig, UserError
 from liquid_diffusion.flow import flow_loss
@@ -24,6 +26,7 @@ from liquid_diffusion.presets import FACTORS
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Of a card's memory, what the CUDA context, the libraries' workspaces and the allocator's gaps leave for tensors.
 _USABLE = 0.9
+_LEAST_SHOWN = 0.005 * 2**30  # bytes; gradients, say, are nearly none while the forward pass still holds all
 # stabilityai/sd-vae-ft-mse
 SD_VAE: dict[str, Any] = {
     "block_out_channels": [128, 256, 512, 512],
@@ -50,6 +53,15 @@ class Estimate:
     breakdown: dict[str, int]
 
 
+class _PeakTracker(MemTracker):
+    """MemTracker for the peak of everything alone; to keep each module's took three quarters of an estimate's time."""
+
+    def _update_peak_stats(self, *state: Any) -> None:
+        of_modules, self.memory_tracking = self.memory_tracking, WeakIdKeyDictionary()
+        super()._update_peak_stats(*state)
+        self.memory_tracking = of_modules
+
+
 def _peak(tracker: MemTracker) -> dict[str, int]:
     """Bytes by kind at the moment of the peak, over all devices."""
     total: dict[str, int] = {}
@@ -69,7 +81,7 @@ def _train_on_fakes(config: EstimateConfig, channels: int, side: int) -> tuple[i
         model.enable_gradient_checkpointing()
     x = torch.randn(config.batch_size, channels, side, side)
     t = torch.rand(config.batch_size)
-    tracker = MemTracker()
+    tracker = _PeakTracker()
     tracker.track_external(model)
     with tracker:
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -85,7 +97,7 @@ def _autoencoder_on_fakes(encoding: bool, batch: int, side: int, bf16: bool) -> 
         vae = AutoencoderKL(**SD_VAE)
         weights = sum(parameter.numel() * 4 for parameter in vae.parameters())
         given = torch.randn(batch, 3, side, side) if encoding else torch.randn(batch, 4, side // 8, side // 8)
-        tracker = MemTracker()
+        tracker = _PeakTracker()
         # as the codec computes: in bfloat16 where a device has it, else in float32
         with tracker, torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             vae.encode(given) if encoding else vae.decode(given)
@@ -140,26 +152,30 @@ def largest_batch(config: EstimateConfig, gigabytes: float) -> int:
     """The largest batch whose training fits a card of some GiB; 0 where not even one picture does."""
     room = _USABLE * gigabytes * 2**30
 
+    bar = tqdm(desc="Looking for the largest batch", unit="", bar_format="{desc}{postfix}", leave=False)
+
     def held(batch: int) -> int:
+        bar.set_postfix_str(f"trying {batch}")
         return max(sum(moment.values()) for moment in _moments(replace(config, batch_size=batch))[1])
 
-    if held(1) > room:
-        return 0
-    fits, too_large = 1, 16
-    while held(too_large) <= room:
-        rise = (held(too_large) - held(fits)) / (too_large - fits)
-        further = int((room - held(too_large)) / rise) + 1 if rise else too_large
-        fits, too_large = too_large, too_large + further
-    # The peak is the greatest of what is held at several moments, each linear in the batch: convex, so that a chord
-    # leads to a batch that fits.
-    while too_large - fits > 1:
-        chord = (room - held(fits)) / (held(too_large) - held(fits))
-        batch = min(max(fits + int(chord * (too_large - fits)), fits + 1), too_large - 1)
-        if held(batch) <= room:
-            fits = batch
-        else:
-            too_large = batch
-    return fits
+    with bar:
+        if held(1) > room:
+            return 0
+        fits, too_large = 1, 16
+        while held(too_large) <= room:
+            rise = (held(too_large) - held(fits)) / (too_large - fits)
+            further = int((room - held(too_large)) / rise) + 1 if rise else too_large
+            fits, too_large = too_large, too_large + further
+        # The peak is the greatest of what is held at several moments, each linear in the batch: convex, so that a
+        # chord leads to a batch that fits.
+        while too_large - fits > 1:
+            chord = (room - held(fits)) / (held(too_large) - held(fits))
+            batch = min(max(fits + int(chord * (too_large - fits)), fits + 1), too_large - 1)
+            if held(batch) <= room:
+                fits = batch
+            else:
+                too_large = batch
+        return fits
 
 
 def shortage(config: EstimateConfig, free_bytes: int) -> str | None:
@@ -216,7 +232,8 @@ def report(config: EstimateConfig, as_json: bool = False) -> str:
     lines = [
         f"{config.model}, {found.parameters / 1e6:.1f} M parameters, {config.image_size} px ({config.codec}), "
         f"batch {config.batch_size}, {config.precision}: {found.peak_bytes / 2**30:.2f} GiB",
-        *(f"  {name:18}{size / 2**30:6.2f}" for name, size in found.breakdown.items()),
+        "of which at the moment when it is most",
+        *(f"  {name:18}{size / 2**30:6.2f}" for name, size in found.breakdown.items() if size >= _LEAST_SHOWN),
     ]
     if batch is not None:
         card = f"a card of {config.gpu_memory:g} GiB"

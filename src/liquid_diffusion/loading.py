@@ -11,6 +11,7 @@ from torch import nn
 
 from liquid_diffusion.config import UserError
 from liquid_diffusion.model_index import INDEX
+from liquid_diffusion.patience import patiently
 from liquid_diffusion.pipeline import LiquidDiffusionPipeline
 
 # The model that comes with the package: what RUN means where it is left out.
@@ -50,7 +51,8 @@ def load_pipeline(run: str | None) -> LiquidDiffusionPipeline:
     else:
         source = run
     try:
-        loaded = LiquidDiffusionPipeline.from_pretrained(source)
+        with patiently():
+            loaded = LiquidDiffusionPipeline.from_pretrained(source)
     except RepositoryNotFoundError as error:  # of a private one the Hub says the same
         raise UserError(
             f"There is no run folder {run!r}, and no model of that id on the Hub that you may see; if it is private, "

@@ -242,7 +242,9 @@ def test_bad_pictures_are_named_counted_and_skipped(
         assert len(list(trainer.steps())) == 6
         lines = (photos.parent / out / "skipped.jsonl").read_text().splitlines()
         assert len(lines) == 2
-        assert "00.png" in "".join(lines)
+        named = {Path(line["picture"]).name: line["reason"] for line in map(json.loads, lines)}
+        assert set(named) == {"00.png", "02.png"}
+        assert all("trunc" in reason or "broken" in reason for reason in named.values()), named
         said = capsys.readouterr()
         assert "Skipped 2 pictures" in said.out + said.err
         assert "more than 5 %" in said.out + said.err

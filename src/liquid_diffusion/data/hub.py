@@ -21,6 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from liquid_diffusion.config import UserError
 from liquid_diffusion.data.registry import find_facts
 from liquid_diffusion.hardware import process_state
+from liquid_diffusion.patience import patiently
 
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
@@ -92,6 +93,8 @@ def find_on_hub(data: str) -> HubFiles:
         raise UserError(
             f"There is no data set and no folder {data!r}; `liquid-diffusion datasets` lists what is known."
         )
+    if facts is not None:
+        _say(f"{identifier}: {facts.pictures:,} pictures, {facts.files}; licence: {facts.licence}.")
     with _in_words(identifier):
         builder = load_dataset_builder(identifier, data_files=facts.data_files if facts else None)
         splits = list(builder.config.data_files or {})
@@ -101,13 +104,14 @@ def find_on_hub(data: str) -> HubFiles:
         if facts is None:
             card = HfApi().dataset_info(identifier).card_data
             licence = (card.get("license") if card else None) or "none stated"
-            size = f"{len(builder.config.data_files[split])} files"
-        else:
-            licence, size = facts.licence, f"{facts.pictures:,} pictures, {facts.files}"
-    if process_state().is_main_process:
-        print(f"{identifier}: {size}; licence: {licence}.", file=sys.stderr)
+            _say(f"{identifier}: {len(builder.config.data_files[split])} files; licence: {licence}.")
     files = [str(file) for file in builder.config.data_files[split]]
     return HubFiles(identifier, builder, split, files, facts is not None and facts.unique)
+
+
+def _say(facts: str) -> None:
+    if process_state().is_main_process:
+        print(facts, file=sys.stderr)
 
 
 def download_files(found: HubFiles) -> list[str]:
@@ -142,7 +146,8 @@ def download_table(found: HubFiles) -> Any:
 def _in_words(data: str) -> Iterator[None]:
     """What goes wrong within it becomes a `UserError`."""
     try:
-        yield
+        with patiently():
+            yield
     except UserError:
         raise
     except DatasetNotFoundError as error:
@@ -158,8 +163,10 @@ def _in_words(data: str) -> Iterator[None]:
     except (ValueError, RuntimeError) as error:  # no such id, no train split, or a set that wants to run its own code
         raise UserError(f"The data set {data!r} can't be opened: {_first_line(error)}") from error
     except (OSError, HTTPError) as error:
+        reason = _first_line(error)
+        why = "" if reason.startswith("Couldn't reach") else f" ({reason})"  # which would be said twice
         raise UserError(
-            f"The Hub can't be reached for {data!r} ({_first_line(error)}); check the network, or train on a folder."
+            f"The Hub can't be reached for {data!r}{why}; check the network, or train on a folder."
         ) from error
 
 

@@ -44,4 +44,4 @@ def draw_pairs(samples: Tensor, nearest: Tensor) -> Image.Image:
     for start in range(0, len(samples), columns):
         for pictures in (to_pil(samples[start : start + columns]), to_pil(nearest[start : start + columns])):
             rows += pictures + [Image.new("RGB", pictures[0].size, "white")] * (columns - len(pictures))
-    return draw_grid(rows, columns, row_names=["sample", "nearest"] * (len(rows) // (2 * columns)))
+    return draw_grid(rows, columns, row_names=["sample", "nearest"] * (len(rows) // (2 * columns)), rows_together=2)

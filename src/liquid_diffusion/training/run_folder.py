@@ -66,18 +66,25 @@ class RunFolder:
             raise UserError(f"The run folder {self.path} can't be written to: {error.strerror}.") from error
 
     def note_skipped(self, messages: Sequence[str], pictures: int) -> None:
-        """Name pictures that can't be read in RUN/skipped.jsonl, each once, and say how many of `pictures` they are."""
+        """Name pictures that can't be read in RUN/skipped.jsonl, each once, and say how many of `pictures` they are.
+
+        Args:
+            messages: "NAME: REASON" each.
+            pictures: how many there are, these included.
+        """
         if self._skipped.issuperset(messages):
             return
         skipped = self.path / "skipped.jsonl"
         if skipped.is_file():  # of this run before it was stopped, or of other processes, which meet the same ones
-            self._skipped.update(json.loads(line)["picture"] for line in skipped.read_text().splitlines())
+            known = [json.loads(line) for line in skipped.read_text().splitlines()]
+            self._skipped.update(f"{line['picture']}: {line['reason']}" for line in known)
         new = [message for message in dict.fromkeys(messages) if message not in self._skipped]
         if not new:
             return
         self._skipped.update(new)
         with skipped.open("a") as file:
-            file.writelines(json.dumps({"picture": message}) + "\n" for message in new)
+            for name, _, reason in (message.partition(": ") for message in new):
+                file.write(json.dumps({"picture": name, "reason": reason}) + "\n")
         warning = " That is more than 5 %: look at your data." if len(self._skipped) > 0.05 * pictures else ""
         tqdm.write(f"Skipped {len(self._skipped)} pictures that can't be read, e.g. {new[0]}.{warning}")
 

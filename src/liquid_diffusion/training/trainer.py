@@ -332,9 +332,12 @@ class Trainer:
                     if log:
                         log.write(self.step, **values)
                 if saving or stopping:
+                    bar.set_description("Saving")
                     self.save()
                 if main and (self.step % config.sample_every == 0 or self.finished):
+                    bar.set_description("Drawing samples")
                     self.draw_samples()  # after saving: a grid that the memory is too small for costs no steps
+                bar.set_description("Training", refresh=False)
                 if stopping:
                     break
                 if not losses:
