@@ -84,6 +84,7 @@ class Training:
         lr: after the warm-up.
         seed: of batches, times, noise and hidden labels.
         times, time_shift: distribution of the training times.
+        muon: whether weights that mix channels are trained by Muon.
     """
 
     def __init__(

@@ -67,7 +67,7 @@ def test_own_pictures() -> None:
 def test_what_was_said_stays() -> None:
     said = TrainConfig(
         image_size=64, codec="taesd", model="base", steps=7, batch_size=3, flip=True, out="x", lr=0.5, compile=True,
-        cache_latents="there",
+        cache_latents="there", optimizer="muon",
     )  # fmt: skip
     config = resolve(said, "cpu")
     for name, value in vars(said).items():

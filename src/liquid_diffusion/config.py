@@ -48,7 +48,10 @@ class TrainConfig:
     lr: float | None = _option(None, "learning rate after the warm-up (default: by model)")
     warmup_steps: int = _option(100, "steps in which the learning rate rises from zero")
     cooldown: float = _option(0.4, "last part of the steps, in which the learning rate falls to zero as a cosine")
-    weight_decay: float = _option(0.01, "decoupled weight decay of AdamW")
+    optimizer: Literal["adamw", "muon"] | None = _option(
+        None, "adamw, or muon: Muon for the convolutions that mix channels, AdamW for all else (default: muon for nano)"
+    )
+    weight_decay: float = _option(0.01, "decoupled weight decay")
     max_grad_norm: float = _option(1.0, "gradients are clipped to this norm")
     gradient_accumulation: int = _option(1, "parts in which a batch is computed, to save memory")
     gradient_checkpointing: bool = _option(False, "compute activations twice, to save memory")
@@ -122,6 +125,7 @@ class RunConfig(TrainConfig):
     steps: int = 0
     batch_size: int = 0
     lr: float = 0.0
+    optimizer: Literal["adamw", "muon"] = "adamw"
     compile: bool = False
     cache_latents: bool | str = False
     flip: bool = False

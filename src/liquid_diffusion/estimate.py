@@ -116,7 +116,7 @@ def _moments(config: EstimateConfig) -> tuple[int, list[dict[str, int]]]:
         parameters, peak = _train_on_fakes(on_device, channels, config.image_size // factor)
     state = {
         "weights": 4 * parameters,
-        "optimiser": 8 * parameters,  # two moments; the fused AdamW needs nothing beside them
+        "optimiser": 8 * parameters,  # two moments of the fused AdamW; Muon keeps one for its part
         "averaged weights": 0 if config.ema_on_cpu else 4 * parameters,
     }
     step = {

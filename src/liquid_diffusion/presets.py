@@ -91,6 +91,8 @@ def resolve(config: TrainConfig, device: str) -> RunConfig:
         # 1e-3 .222, 2e-3 .207, 3e-3 .207, in its shape of before (64, 128, 160). The larger ones have a usual rate for
         # their size, not measured.
         "lr": config.lr or (2e-3 if model == "nano" else 3e-4),
+        # far better pictures of as many images (docs/ablations.md); not tried with the larger ones
+        "optimizer": config.optimizer or ("muon" if model == "nano" else "adamw"),
         # not on a GPU, where nobody has measured it, and not for many shapes, each of which is compiled for itself
         "compile": cpu and steps >= _STEPS_TO_COMPILE_FOR and not config.buckets
         if config.compile is None

@@ -39,7 +39,8 @@ def check_same_run(folder: Path, before: dict[str, Any], config: RunConfig, acce
     Raises:
         UserError: an option or the machine is another one.
     """
-    settings = {field.name: field.default for field in fields(TrainConfig)} | before["config"]  # it may be older
+    first = {field.name: field.default for field in fields(TrainConfig)} | {"optimizer": "adamw"}
+    settings = first | before["config"]  # which may be older than some options
     for name, value in asdict(config).items():
         same = same_place(settings[name], value) if name == "data" else settings[name] == value
         if name not in _FREE and not same:

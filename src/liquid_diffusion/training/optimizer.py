@@ -1,0 +1,109 @@
+"""Muon for the convolutions that mix channels, AdamW for all else.
+
+Shapes: N matrices of one shape, R rows, C columns.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from liquid_diffusion.config import RunConfig
+from liquid_diffusion.hardware import fastest_dtype
+from liquid_diffusion.models.unet import LiquidUNet
+
+_BETAS = (0.9, 0.99)
+_MOMENTUM = 0.95
+# of the polynomial whose five-fold application brings singular values from (0, 1] to about 1; Jordan et al., "Muon: An
+# optimizer for hidden layers in neural networks" (2024)
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_ITERATIONS = 5
+# The root mean square of an AdamW update is 0.2 to 0.4 in practice: with it one learning rate serves both (Liu et al.,
+# "Muon is scalable for LLM training", arXiv 2502.16982, equation 4).
+_UPDATE_SIZE = 0.2
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """The singular values of matrices (N, R, C) brought to about 1, between 0.7 and 1.2, by Newton and Schulz.
+
+    ``X <- a X + (b A + c A A) X`` with ``A = X X^T``, five times, from ``X = G / |G|`` (Jordan et al., 2024).
+    """
+    a, b, c = _COEFFICIENTS
+    wide = matrices.shape[1] <= matrices.shape[2]
+    x = matrices if wide else matrices.mT  # A is then the smaller of the two products
+    x = (x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)).to(fastest_dtype(x.device))
+    for _ in range(_ITERATIONS):
+        product = x @ x.mT  # (N, R, R)
+        x = a * x + (b * product + c * product @ product) @ x
+    return (x if wide else x.mT).to(matrices.dtype)
+
+
+def channel_mixers(model: LiquidUNet) -> Iterator[nn.Parameter]:
+    """Weights of the convolutions inside a model: not the one that reads the picture, nor the one that writes it."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and module is not model.stem[0] and module is not model.head:
+            assert isinstance(module.weight, nn.Parameter)
+            yield module.weight
+
+
+class Muon(torch.optim.AdamW):
+    """Muon (Jordan et al., 2024) for some weights, each as the matrix (out channels, all else), AdamW for the others.
+
+    torch's own Muon takes matrices only, and leaves all that is none to another optimizer beside it, which the loss
+    scaling of accelerate does not bear. This is one optimizer; on matrices it does what torch's does with
+    `adjust_lr_fn="match_rms_adamw"`.
+
+    Args:
+        mixers: weights (out channels, ...) that are orthogonalised.
+        others: all other parameters.
+        lr: of both.
+        weight_decay: of both, decoupled.
+    """
+
+    def __init__(self, mixers: list[nn.Parameter], others: list[nn.Parameter], lr: float, weight_decay: float) -> None:
+        groups = [{"params": mixers, "orthogonal": True}, {"params": others, "orthogonal": False}]
+        super().__init__(groups, lr=lr, betas=_BETAS, weight_decay=weight_decay, fused=True)
+        # AdamW's fused kernel looks for itself whether the scaled gradients overflowed; what is not AdamW would not
+        self._step_supports_amp_scaling = False
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
+        """One step; the gradients of the orthogonalised weights are gone afterwards."""
+        for group in self.param_groups:
+            if group["orthogonal"]:
+                self._step_orthogonal(group)
+        return super().step(closure)  # which passes over what has no gradient
+
+    def _step_orthogonal(self, group: dict[str, Any]) -> None:
+        by_shape: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
+        for weight in group["params"]:
+            if weight.grad is None:
+                continue
+            state = self.state[weight]
+            if not state:
+                state["step"] = torch.zeros(())  # not needed here; AdamW looks for it in all that it loads
+                state["momentum"] = torch.zeros_like(weight)
+            state["momentum"].lerp_(weight.grad, 1 - _MOMENTUM)
+            update = weight.grad.lerp(state["momentum"], _MOMENTUM).flatten(1)  # Nesterov's
+            by_shape[update.shape[0], update.shape[1]].append((weight, update))
+            weight.grad = None
+        for (rows, columns), chosen in by_shape.items():  # of one shape at once: few products, large ones
+            updates = orthogonalise(torch.stack([update for _, update in chosen]))
+            size = _UPDATE_SIZE * max(rows, columns) ** 0.5
+            for (weight, _), update in zip(chosen, updates, strict=True):
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                weight.add_(update.view(weight.shape), alpha=-group["lr"] * size)
+
+
+def make_optimizer(model: LiquidUNet, run: RunConfig) -> torch.optim.Optimizer:
+    """The optimizer that a run says, for its model."""
+    if run.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), lr=run.lr, betas=_BETAS, weight_decay=run.weight_decay, fused=True)
+    mixers = list(channel_mixers(model))
+    chosen = {id(weight) for weight in mixers}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
+    return Muon(mixers, others, run.lr, run.weight_decay)
