@@ -20,7 +20,15 @@ CAUSAL = RESULTS / "causal.csv"
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "ablations.md"
 NOT_YET = "*Not run yet.*"
 
-SETTING = ("budget", "clock", "size", "preset", "device", "threads")  # only what has these in common is compared
+SETTING = (
+    "budget",
+    "clock",
+    "size",
+    "preset",
+    "device",
+    "threads",
+    "optimizer",
+)  # only what has these in common is compared
 _CLEAR = 2  # standard errors; less is called no difference
 _SEEDS = 3  # at least, for a claim
 
@@ -77,7 +85,8 @@ def _setting(row: Row) -> str:
     threads = f", {row['threads']} thread{'s' if row['threads'] != '1' else ''}" if row["threads"] else ""
     clock = " of the processor's time" if row["clock"] == "cpu" else ""
     budget = f"{row['budget']}{clock}" if row["budget"].endswith(" s") else row["budget"]
-    return f"{budget} each, {row['size']} px, size of {row['preset']}, {row['device']}{threads}"
+    muon = ", all by Muon" if row["optimizer"] == "muon" else ""
+    return f"{budget} each, {row['size']} px, size of {row['preset']}, {row['device']}{threads}{muon}"
 
 
 def _order(models: dict[tuple[str, ...], list[Row]]) -> list[tuple[str, ...]]:

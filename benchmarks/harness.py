@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from diffusers.training_utils import EMAModel
-from peers import compile_for_training
+from peers import channel_mixers, compile_for_training
 from torch import Tensor, nn
 
 from liquid_diffusion.codecs import Codec
@@ -21,6 +21,7 @@ from liquid_diffusion.flow import TimeSampling, flow_loss, interpolate, sample_t
 from liquid_diffusion.hardware import fastest_dtype
 from liquid_diffusion.sampling import make_scheduler, sample_steps, seeded_generators
 from liquid_diffusion.training.learning_rate import learning_rate_factor
+from liquid_diffusion.training.optimizer import optimizer_of
 
 _RUN = TrainConfig()  # whose defaults all models are trained with
 _BATCH = 64
@@ -84,7 +85,7 @@ class Training:
         lr: after the warm-up.
         seed: of batches, times, noise and hidden labels.
         times, time_shift: distribution of the training times.
-        muon: whether weights that mix channels are trained by Muon.
+        optimizer: adamw or muon.
     """
 
     def __init__(
@@ -96,13 +97,13 @@ class Training:
         seed: int,
         times: TimeSampling,
         time_shift: float = 1.0,
+        optimizer: str = "adamw",
     ) -> None:
         self.model, self.dataset, self.codec, self.lr = model, dataset, codec, lr
         self.times, self.time_shift = times, time_shift
         self.device = next(model.parameters()).device
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=_RUN.weight_decay, fused=True
-        )
+        mixers = channel_mixers(model) if optimizer == "muon" else []
+        self.optimizer = optimizer_of(model, mixers, lr, _RUN.weight_decay)
         self.ema = EMAModel(model.parameters(), decay=_RUN.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.batches = iter(ShuffledBatches(len(dataset), _BATCH, seed))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from liquid_diffusion.models.layers import ConditionEmbedding, Downsample, Upsample
 from liquid_diffusion.models.unet import LiquidUNet
 from liquid_diffusion.presets import preset
+from liquid_diffusion.training.optimizer import channel_mixers as ours
 
 # Chosen so that the parameters are those of our preset, within 5 % (`check_size` tells).
 _UNET_WIDTHS = {"nano": (64, 96, 128), "tiny": (96, 160, 288), "small": (160, 288, 512), "base": (224, 448, 736)}
@@ -75,6 +76,20 @@ def dit(name: str, channels: int, num_classes: int, size: int) -> Peer:
         if isinstance(module, LabelEmbedding):
             module.dropout_prob = 0.0
     return Peer(model, num_classes)
+
+
+def channel_mixers(model: nn.Module) -> list[nn.Parameter]:
+    """The weights that Muon trains: of convolutions, attention and feed-forward, but not of a model's first and last
+    layer, its embeddings and its modulation."""
+    if isinstance(model, LiquidUNet):
+        return list(ours(model))
+    found = []
+    for name, module in model.named_modules():
+        convolution = isinstance(module, nn.Conv2d) and not name.endswith(("conv_in", "conv_out", "pos_embed.proj"))
+        product = isinstance(module, nn.Linear) and any(part in name for part in (".attn1.", ".attentions.", ".ff."))
+        if convolution or product:
+            found.append(module.weight)
+    return found
 
 
 class EagerBlock(nn.Module):

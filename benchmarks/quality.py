@@ -9,7 +9,7 @@
 Each training appends its points to benchmarks/results/quality.csv when it is whole; one that is there already is left
 out, so the same command goes on after an interruption. Sampling and evaluation are not counted. All models get the
 same data, codec, flow, optimiser, average and sampler (Heun, 25 steps, no guidance), and each its best of three
-learning rates.
+learning rates, chosen with AdamW.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ TUNE_SHARE = 10  # one in this many code points of train is held out to choose l
 # commit; what makes a training the one it is; where it was measured; what was found (nothing but losses where it served
 # to choose a learning rate)
 COLUMNS = [
-    *("commit", "device", "threads", "split", "size", "preset", "model", "seed", "budget", "clock", "lr"),
+    *("commit", "device", "threads", "split", "size", "preset", "model", "seed", "budget", "clock", "lr", "optimizer"),
     *("parameters", "flops", "fraction", "steps", "images", "seconds", "loss", "held_out_loss"),
     *("kd", "kd_standard_error", "fd", "precision", "recall", "fd_pictures"),
 ]
@@ -145,6 +145,7 @@ class Comparison:
             "budget": str(self.budget),
             "clock": self.options.clock,
             "lr": lr,
+            "optimizer": self.options.optimizer,
         }
 
     def run(self, name: str, seed: int, lr: float) -> None:
@@ -162,7 +163,8 @@ class Comparison:
             "flops": forward_flops(model, self.codec.channels, side, self.device),
         }
         ablation = ABLATIONS[name if name in ABLATIONS else OURS]
-        training = Training(model, self.train, self.codec, lr, seed, ablation.times, ablation.time_shift)
+        how = (lr, seed, ablation.times, ablation.time_shift, self.options.optimizer)
+        training = Training(model, self.train, self.codec, *how)
         rows = []
         for point in training.points(self.budget, self.options.fractions):
             found = {"held_out_loss": held_out_loss(model, self.codec, self.reference)}
@@ -200,6 +202,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--split", choices=("val", "tune"), default="val", help="tune: choose learning rates")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--lr", type=float, help="one for all, in place of the best of `--split tune`")
+    parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="of all models")
     parser.add_argument(
         "--fractions", type=float, nargs="+", default=list(FRACTIONS), help="of the budget, evaluated at"
     )

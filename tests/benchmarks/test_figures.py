@@ -11,6 +11,7 @@ def rows(model: str, *values: float, **changes: str) -> list[Row]:
     base = {
         "split": "val", "fraction": "1", "budget": "480 s", "clock": "wall", "size": "32", "preset": "nano",
         "device": "x86_64", "threads": "2", "parameters": "5720652", "flops": "1e9", "steps": "1000", "lr": "0.001",
+        "optimizer": "adamw",
         "fd": "700", "precision": "0.5", "recall": "0.25", "kd_standard_error": "0.01",
         "loss": "0.2", "held_out_loss": "0.25", "seconds": "480",
     }  # fmt: skip

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from ablations import ABLATIONS, MeanRelaxation, ablated
 from blocks import DiCoBlock, FCDMBlock, GlobalResponseNorm
+from peers import channel_mixers
 from quality import PEERS, build
 from torch import Tensor, nn
 
@@ -118,3 +119,28 @@ def test_the_block_of_the_presets_is_the_base_of_the_variants() -> None:
     variant.load_state_dict(ours.state_dict())
     labels = torch.tensor([3, 9])
     torch.testing.assert_close(output(variant, labels), output(ours, labels))
+
+
+@pytest.mark.parametrize("name", ["UNet2DModel", "DiTTransformer2DModel", "DiCo block", "liquid"])
+def test_muon_trains_what_mixes_channels_inside_a_model(name: str) -> None:
+    """Products of hidden features, of two or more axes; not what reads or writes pictures, times and labels."""
+    with torch.device("meta"):
+        model = build(name, "nano", 12, 9, 16)
+    chosen = {id(weight) for weight in channel_mixers(model)}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in chosen}
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    assert all(len(shapes[name]) in (2, 4) and min(shapes[name][:2]) > 12 for name in names)
+    outside = (
+        "time_emb",
+        "class_emb",
+        "norm",
+        "modulation",
+        "condition",
+        "proj_out",
+        "conv_in",
+        "conv_out",
+        "pos_embed",
+    )
+    assert not [name for name in names if any(part in name.split(".")[-2] or f".{part}" in name for part in outside)]
+    left = [name for name in shapes if name not in names and len(shapes[name]) == 4 and shapes[name][1] > 1]
+    assert len(left) <= 2, left  # of the convolutions that are not depthwise, those at the two ends

@@ -121,22 +121,22 @@ def test_training_is_counted_without_evaluation_and_repeats_to_the_bit(folder: P
     assert [row[0] for row in seconds] == [1, 2]  # a point for each share, also where one step passes both
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_training_is_that_of_the_trainer(
-    photos: Path, quick: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+    optimizer: str, photos: Path, quick: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Under a budget in images, the same model comes out of the package's own trainer, step by step."""
     monkeypatch.setattr(harness, "_BATCH", 8)
     trainer = Trainer(
         quick(
             data=str(photos), steps=5, precision="auto", lr=1e-3, flip=False, val_fraction=0,
-            warmup_steps=harness._WARM_UP, seed=3,
+            warmup_steps=harness._WARM_UP, seed=3, optimizer=optimizer,
         )
     )  # fmt: skip
     model = copy.deepcopy(trainer.model)
     losses = [step.loss for step in trainer.steps()]
-    (point,) = Training(model, trainer.dataset, trainer.codec, 1e-3, 3, "logit-normal").points(
-        Budget(40, "images"), [1]
-    )
+    training = Training(model, trainer.dataset, trainer.codec, 1e-3, 3, "logit-normal", optimizer=optimizer)
+    (point,) = training.points(Budget(40, "images"), [1])
     assert point.steps == 5
     assert point.loss == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
     for ours, theirs in zip(model.parameters(), trainer.model.parameters(), strict=True):

@@ -6,13 +6,12 @@ Shapes: N matrices of one shape, R rows, C columns.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from liquid_diffusion.config import RunConfig
 from liquid_diffusion.hardware import fastest_dtype
 from liquid_diffusion.models.unet import LiquidUNet
 
@@ -43,9 +42,13 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 def channel_mixers(model: LiquidUNet) -> Iterator[nn.Parameter]:
-    """Weights of the convolutions inside a model: not the one that reads the picture, nor the one that writes it."""
+    """Weights of the convolutions inside a model that are not depthwise.
+
+    Not of those that read and write the picture, whose few channels are no hidden features.
+    """
+    outer = (model.stem[0], model.head)
     for module in model.modules():
-        if isinstance(module, nn.Conv2d) and module is not model.stem[0] and module is not model.head:
+        if isinstance(module, nn.Conv2d) and module.groups == 1 and module not in outer:
             assert isinstance(module.weight, nn.Parameter)
             yield module.weight
 
@@ -99,11 +102,18 @@ class Muon(torch.optim.AdamW):
                 weight.add_(update.view(weight.shape), alpha=-group["lr"] * size)
 
 
-def make_optimizer(model: LiquidUNet, run: RunConfig) -> torch.optim.Optimizer:
-    """The optimizer that a run says, for its model."""
-    if run.optimizer == "adamw":
-        return torch.optim.AdamW(model.parameters(), lr=run.lr, betas=_BETAS, weight_decay=run.weight_decay, fused=True)
-    mixers = list(channel_mixers(model))
-    chosen = {id(weight) for weight in mixers}
-    others = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
-    return Muon(mixers, others, run.lr, run.weight_decay)
+def optimizer_of(model: nn.Module, mixers: Iterable[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """`Muon` for some weights of a model and AdamW for the others, or AdamW alone where there are none.
+
+    Args:
+        model: whose parameters are trained.
+        mixers: those of them that are orthogonalised.
+        lr: learning rate of all.
+        weight_decay: decoupled, of all.
+    """
+    chosen = list(mixers)
+    if not chosen:
+        return torch.optim.AdamW(model.parameters(), lr=lr, betas=_BETAS, weight_decay=weight_decay, fused=True)
+    numbers = {id(weight) for weight in chosen}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in numbers]
+    return Muon(chosen, others, lr, weight_decay)

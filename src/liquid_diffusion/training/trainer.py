@@ -37,7 +37,7 @@ from liquid_diffusion.sampling import make_scheduler
 from liquid_diffusion.training.checkpoint import CheckpointFolder
 from liquid_diffusion.training.compilation import compile_blocks
 from liquid_diffusion.training.learning_rate import learning_rate_factor
-from liquid_diffusion.training.optimizer import make_optimizer
+from liquid_diffusion.training.optimizer import channel_mixers, optimizer_of
 from liquid_diffusion.training.resume import check_same_data, check_same_run, machine_facts
 from liquid_diffusion.training.run_folder import RunFolder
 from liquid_diffusion.training.tracking import MetricsLog, StopRequest
@@ -96,7 +96,9 @@ class Trainer:
         if run.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
         self.generator = torch.Generator(device).manual_seed(run.seed + self.accelerator.process_index)
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, make_optimizer(self.model, run))
+        mixers = channel_mixers(self.model) if run.optimizer == "muon" else ()
+        optimizer = optimizer_of(self.model, mixers, run.lr, run.weight_decay)
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         # after prepare, which gives every process the weights of the first
         self.ema = EMAModel(self.model.parameters(), decay=run.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
         self.ema.to("cpu" if run.ema_on_cpu else device)
