@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -72,6 +74,21 @@ def test_single_pictures_depend_on_their_seed_alone(trained: Path, tmp_path: Pat
     assert np.abs(difference).max() <= 1
 
 
+def test_classes_take_turns_where_none_is_said(trained: Path, tmp_path: Path) -> None:
+    how = ["--steps", "1", "--guidance", "1"]
+    assert run("sample", trained, *how, "--n", "2", "--batch-size", "1", "--out", tmp_path / "a") == 0
+    assert run("sample", trained, *how, "--n", "1", "--seed", "1", "--label", "1", "--out", tmp_path / "b") == 0
+    with Image.open(tmp_path / "a" / "000001.png") as first, Image.open(tmp_path / "b" / "000001.png") as second:
+        assert np.abs(np.asarray(first).astype(int) - np.asarray(second).astype(int)).max() <= 1
+
+
+def test_a_run_killed_while_it_put_its_model_in_place_has_the_one_before(trained: Path, tmp_path: Path) -> None:
+    run_folder = tmp_path / "run"
+    shutil.copytree(trained, run_folder)
+    (run_folder / "pipeline").rename(run_folder / "pipeline.old")
+    assert run("sample", run_folder, "--n", "1", "--steps", "1", "--out", tmp_path / "grid.png") == 0
+
+
 def test_nearest_training_pictures(trained: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "nearest.png"
     assert run("sample", trained, "--n", "9", "--steps", "2", "--nearest", "true", "--out", out) == 0
@@ -128,10 +145,10 @@ def test_encode_says_how_to_train_on_it(photos: Path, tmp_path: Path, capsys: Ca
         down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
     ).save_pretrained(tmp_path / "vae")  # fmt: skip
     settings = ["--image-size", "16", "--codec", str(tmp_path / "vae"), "--val-fraction", "0", "--crop", "pad"]
-    assert run("encode", photos, *settings, "--workers", "0", "--out", tmp_path / "latents") == 0
+    assert run("encode", photos, *settings, "--workers", "0", "--out", tmp_path / "my latents") == 0
     said = capsys.readouterr().out
     assert "Encoding 24 pictures of 16 px (0 held out)" in said
-    command = said.split("Train on it: liquid-diffusion ")[1].split()
+    command = shlex.split(said.split("Train on it: liquid-diffusion ")[1])
     assert run(*command, *TINY[2:], "--steps", "1", "--out", tmp_path / "run") == 0
     assert "24 pictures in 2 classes of 16 px" in capsys.readouterr().out
     assert run("encode", photos, "--codec", "pixels") == 2
@@ -221,6 +238,8 @@ def test_mistakes_in_yaml(text: str, words: str, tmp_path: Path, capsys: Capture
         (["RUN", "--label", "horse"], "no class 'horse'; the model knows Activities, Animals & Nature"),
         (["RUN", "--solver", "rk4"], "no solver 'rk4'; choose from unipc"),
         (["RUN", "--n", "0"], "n must be at least 1"),
+        (["RUN", "--steps", "1500"], "steps must be at most 900"),
+        (["RUN", "--seed", "18446744073709551616"], "seed must lie between 0 and 2^32 - 1"),
         (["RUN/pipeline", "--nearest", "true"], "does not say what it was trained on"),
         (["RUN", "--nearest", "true", "--out", "RUN/new"], "ends in .png"),
         (["my runs/x"], "no run folder 'my runs/x'"),

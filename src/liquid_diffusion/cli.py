@@ -112,7 +112,7 @@ def _parser() -> ArgumentParser:
         usage = f"liquid-diffusion {name} {place}[options]"
         command = ArgumentParser(usage=usage, description=text[0].upper() + text[1:] + ".", formatter_class=_Formatter)
         if config is not None:
-            command.add_argument("--config", action="config", help="YAML file with any of these options")
+            command.add_argument("--config", action="config", help="YAML file of these options; what follows it wins")
             hints = get_type_hints(config)
             for field in (field for field in fields(config) if field.name != first):
                 flag = "--" + field.name.replace("_", "-")

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 SOLVERS = ("unipc", "euler", "heun", "dpm++")
 SOLVER = "unipc"  # where nothing is said: nearer to converged at 25 steps than Euler, for the same 25 evaluations
+MOST_SOLVER_STEPS = 900  # diffusers' multistep schedulers have whole timesteps, from 999 on none for each
 GUIDANCE = 2.0  # of grids and samples where nothing is said
 
 
@@ -39,7 +40,7 @@ class TrainConfig:
     data: str = _option("emoji", "a name that `datasets` lists, a Hub id, a folder, or parquet files")
     out: str | None = _option(None, "run folder; a folder with checkpoints is gone on with (default: runs/DATA-SIZE)")
     image_size: int | None = _option(None, "side of the square pictures (default: by data and machine)")
-    model: str | None = _option(None, "nano, tiny, small or base (default: by image size and machine)")
+    model: str | None = _option(None, "nano, tiny, small or base (default: nano on a CPU, else tiny)")
     codec: str | None = _option(
         None, "pixels, sd-vae, taesd, or Hub id or folder of an autoencoder (default: pixels up to 64, then sd-vae)"
     )
@@ -89,11 +90,8 @@ class TrainConfig:
     hub_private: bool = _option(False, "a new repository on the Hub is private")
 
     def __post_init__(self) -> None:
-        at_least_one = ("image_size", "steps", "batch_size", "gradient_accumulation", "checkpoint_every")
-        for name in (*at_least_one, "sample_every", "log_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} must be at least 1, not {value}.")
+        _check_at_least_one(self, "image_size", "steps", "batch_size", "gradient_accumulation")
+        _check_at_least_one(self, "checkpoint_every", "sample_every", "log_every")
         for name in ("cooldown", "label_dropout", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} must lie between 0 and 1, not {getattr(self, name)}.")
@@ -104,10 +102,9 @@ class TrainConfig:
             raise UserError("A stream is read as it comes: leave out --streaming, or --cache-latents and --buckets.")
         if (self.lr is not None and self.lr <= 0) or self.max_grad_norm <= 0 or self.time_shift <= 0:
             raise UserError("lr, max_grad_norm and time_shift must be above 0.")
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"seed must lie between 0 and 2^32 - 1, not {self.seed}.")
-        if self.workers < 0 or self.warmup_steps < 0:
-            raise UserError("workers and warmup_steps can't be below 0.")
+        _check_seed(self.seed)
+        if self.workers < 0 or self.warmup_steps < 0 or self.weight_decay < 0:
+            raise UserError("workers, warmup_steps and weight_decay can't be below 0.")
         if self.batch_size is not None and self.batch_size % self.gradient_accumulation:
             raise UserError(
                 f"batch_size {self.batch_size} can't be computed in {self.gradient_accumulation} equal parts."
@@ -131,6 +128,27 @@ class RunConfig(TrainConfig):
     flip: bool = False
 
 
+def _check_at_least_one(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name} must be at least 1, not {value}.")
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed must lie between 0 and 2^32 - 1, not {seed}.")
+
+
+def _check_sampling(config: SampleConfig | EvaluateConfig) -> None:
+    _check_at_least_one(config, "n", "steps", "batch_size")
+    if config.steps > MOST_SOLVER_STEPS:
+        raise UserError(f"steps must be at most {MOST_SOLVER_STEPS}, not {config.steps}.")
+    if config.solver not in SOLVERS:
+        raise UserError(f"There is no solver {config.solver!r}; choose from {', '.join(SOLVERS)}.")
+    _check_seed(config.seed)
+
+
 @dataclass(frozen=True)
 class EncodeConfig:
     """Latents that are encoded once. What is None is chosen by the data, see `presets.resolve_encoding`."""
@@ -149,9 +167,7 @@ class EncodeConfig:
     workers: int = _option(2, "processes that read pictures")
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        _check_at_least_one(self, "image_size", "batch_size")
         if self.workers < 0:
             raise UserError("workers can't be below 0.")
         _check_val_fraction(self.val_fraction)
@@ -174,12 +190,8 @@ class SampleConfig:
     nearest: bool = _option(False, "put the nearest training picture beside each sample, so that a copy is seen")
 
     def __post_init__(self) -> None:
-        for name in ("n", "steps", "batch_size", "height", "width"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} must be at least 1, not {value}.")
-        if self.solver not in SOLVERS:
-            raise UserError(f"There is no solver {self.solver!r}; choose from {', '.join(SOLVERS)}.")
+        _check_sampling(self)
+        _check_at_least_one(self, "height", "width")
 
 
 @dataclass(frozen=True)
@@ -197,11 +209,7 @@ class EvaluateConfig:
     out: str = _option("metrics.json", "the figures; the pairs nearest to training pictures come beside it")
 
     def __post_init__(self) -> None:
-        for name in ("n", "steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        if self.solver not in SOLVERS:
-            raise UserError(f"There is no solver {self.solver!r}; choose from {', '.join(SOLVERS)}.")
+        _check_sampling(self)
 
 
 @dataclass(frozen=True)
@@ -220,9 +228,9 @@ class EstimateConfig:
     gpu_memory: float | None = _option(None, "GiB of a card, whose largest batch is asked for")
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        _check_at_least_one(self, "image_size", "batch_size")
+        if self.num_classes < 0:
+            raise UserError(f"num_classes can't be below 0, not even {self.num_classes}.")
         if self.codec not in ("pixels", "sd-vae"):
             raise UserError(f"An estimate knows the codecs pixels and sd-vae, not {self.codec!r}.")
         if self.gpu_memory is not None and self.gpu_memory <= 0:
@@ -244,8 +252,8 @@ class ShowConfig:
     seed: int = _option(0, "of the order, the crops and the mirroring")
 
     def __post_init__(self) -> None:
-        if self.image_size < 1:
-            raise UserError(f"image_size must be at least 1, not {self.image_size}.")
+        _check_at_least_one(self, "image_size")
+        _check_seed(self.seed)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -21,8 +23,8 @@ from liquid_diffusion.pipeline import LiquidDiffusionPipeline, draw_in_batches
 from liquid_diffusion.sampling import make_scheduler
 
 
-def draw_pictures(pipeline: LiquidDiffusionPipeline, config: SampleConfig) -> Tensor:
-    """Pictures (n, 3, H, W) in [-1, 1] on the CPU; picture i depends on seed + i alone."""
+def draw_pictures(pipeline: LiquidDiffusionPipeline, config: SampleConfig) -> Iterator[Tensor]:
+    """Batches of pictures (B, 3, H, W) in [-1, 1] on the CPU, n in all; picture i depends on seed + i and its class."""
     pipeline.scheduler = make_scheduler(config.solver)
     labels = pipeline.labels(config.label, config.n)
     how = {"num_inference_steps": config.steps, "guidance_scale": config.guidance, "output_type": "pt"}
@@ -36,7 +38,7 @@ def draw_pictures(pipeline: LiquidDiffusionPipeline, config: SampleConfig) -> Te
         width=config.width,
         **how,
     )
-    return 2 * torch.cat([images.cpu() for images in batches]) - 1
+    return (2 * images.cpu() - 1 for images in batches)
 
 
 def _beside_nearest(pictures: Tensor, run: str) -> tuple[Image.Image, str]:
@@ -70,18 +72,18 @@ def generate(run: str | None, config: SampleConfig) -> str:
     keep_freed_memory()
     pipeline = load_pipeline(run).to(process_state().device)
     pipeline.set_progress_bar_config(desc="Sampling", leave=False)
-    pictures = draw_pictures(pipeline, config)
+    batches = draw_pictures(pipeline, config)
     words = ""
-    if config.nearest:
-        sheet, words = _beside_nearest(pictures, find_run(run))
-    elif grid:
-        sheet = draw_grid(to_pil(pictures), columns=max(1, round(config.n**0.5)))
     try:
-        if grid:
+        if config.nearest:
+            sheet, words = _beside_nearest(torch.cat(list(batches)), find_run(run))
             sheet.save(out)
-        else:
-            for i, picture in enumerate(to_pil(pictures)):
-                picture.save(out / f"{config.seed + i:06d}.png")
+        elif grid:
+            draw_grid(to_pil(torch.cat(list(batches))), columns=max(1, round(config.n**0.5))).save(out)
+        else:  # as they come: thousands of them need not be in memory together
+            pictures = itertools.chain.from_iterable(map(to_pil, batches))
+            for seed, picture in enumerate(pictures, config.seed):
+                picture.save(out / f"{seed:06d}.png")
     except OSError as error:
         raise UserError(f"{out} can't be written to: {error.strerror or error}.") from error
-    return f"{len(pictures)} pictures: {out}. {words}".rstrip()
+    return f"{config.n} pictures: {out}. {words}".rstrip()

@@ -42,7 +42,9 @@ def load_pipeline(run: str | None) -> LiquidDiffusionPipeline:
     run = find_run(run)
     folder = Path(run).expanduser()
     if folder.is_dir():
-        pipeline = folder / "pipeline" if (folder / "pipeline").is_dir() else folder
+        # the second one is there alone where a run was killed while it put a new one in its place
+        inside = (folder / name for name in ("pipeline", "pipeline.old"))
+        pipeline = next((place for place in inside if place.is_dir()), folder)
         if not (pipeline / INDEX).is_file():
             raise UserError(f"{run} has no trained model yet: it is no run folder, or its first checkpoint is to come.")
         source = str(pipeline)
@@ -58,7 +60,9 @@ def load_pipeline(run: str | None) -> LiquidDiffusionPipeline:
             f"There is no run folder {run!r}, and no model of that id on the Hub that you may see; if it is private, "
             "log in by `hf auth login` or set HF_TOKEN."
         ) from error
-    except (OSError, SafetensorError, HFValidationError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, SafetensorError, HFValidationError) as error:
         if folder.is_dir():
             raise UserError(f"The model in {run} is damaged: {error}") from error
         raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -18,8 +19,9 @@ from liquid_diffusion.pipeline import LiquidDiffusionPipeline
 
 GRID = "samples.png"
 _SETTINGS = (
-    "model", "image_size", "codec", "steps", "batch_size", "gradient_accumulation", "lr", "warmup_steps", "cooldown",
-    "weight_decay", "ema_decay", "label_dropout", "time_sampling", "time_shift", "flip", "precision", "seed",
+    "model", "image_size", "codec", "steps", "batch_size", "gradient_accumulation", "lr", "optimizer",
+    "warmup_steps", "cooldown", "weight_decay", "ema_decay", "label_dropout", "time_sampling", "time_shift",
+    "flip", "precision", "seed",
 )  # fmt: skip
 _FIGURES = {
     "kd": "kernel distance",
@@ -89,7 +91,7 @@ def model_card(pipeline: LiquidDiffusionPipeline, run: Path, name: str) -> Model
     metrics: dict[str, Any] = {}
     if (run / "config.yaml").is_file():
         settings = yaml.safe_load((run / "config.yaml").read_text())
-    if (run / "metrics.json").is_file():
+    with contextlib.suppress(OSError, ValueError):  # not measured, or cut short
         metrics = json.loads((run / "metrics.json").read_text())
     data = settings.get("data")
     facts = find_facts(data) if data else None

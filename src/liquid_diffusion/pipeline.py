@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -185,11 +186,12 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
             class_labels = [class_labels] * batch_size
         if len(class_labels) != batch_size:
             raise UserError(f"{len(class_labels)} classes were given for {batch_size} pictures.")
-        by_name = {name.lower(): number for number, name in reversed(list(enumerate(names)))}
-        by_name |= {name: number for number, name in enumerate(names)}  # as it is written goes before any case
+        written = [unicodedata.normalize("NFC", name.strip()) for name in names]  # macOS writes accents in another form
+        by_name = {name.lower(): number for number, name in reversed(list(enumerate(written)))}
+        by_name |= {name: number for number, name in enumerate(written)}  # as it is written goes before any case
         numbers = []
         for label in class_labels:
-            text = str(label).strip()
+            text = unicodedata.normalize("NFC", str(label).strip())
             number = by_name.get(text, by_name.get(text.lower())) if isinstance(label, str) else None
             if number is not None:
                 numbers.append(number)

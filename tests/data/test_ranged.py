@@ -7,7 +7,7 @@ import pytest
 from little_hub import LittleHub
 
 from liquid_diffusion.data import ranged
-from liquid_diffusion.data.ranged import RangedFile, SourceLostError, in_words
+from liquid_diffusion.data.ranged import RangedFile, SourceLostError, short_address
 
 CONTENT = bytes(range(256)) * 40
 
@@ -70,5 +70,5 @@ def test_what_comes_back_in_time_is_read(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_addresses_in_words() -> None:
-    assert in_words("hf://datasets/some/table@0123abc/data/x.parquet") == "some/table/data/x.parquet"
-    assert in_words("/home/me/x.parquet") == "/home/me/x.parquet"
+    assert short_address("hf://datasets/some/table@0123abc/data/x.parquet") == "some/table/data/x.parquet"
+    assert short_address("/home/me/x.parquet") == "/home/me/x.parquet"

@@ -275,3 +275,27 @@ def test_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "text.txt").touch()
     with pytest.raises(UserError, match="no pictures in"):
         open_source(str(tmp_path))
+
+
+def test_folders_may_be_links(photos: Path, tmp_path: Path) -> None:
+    """Classes that are links are classes; one that leads back to where it lies is not followed round and round."""
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for name in ("cat", "dog"):
+        (linked / name).symlink_to(photos / name)
+    (linked / "again").symlink_to(linked)
+    (linked / "other dogs").symlink_to(photos / "dog")
+    source = FolderSource(linked)
+    assert source.label_names == ["cat", "dog", "other dogs"]
+    assert len(source) == 24 + 12
+
+
+def test_parquet_of_any_name_and_beside_folders_that_are_called_so(tmp_path: Path) -> None:
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8), "red").save(content, "PNG")
+    table = Dataset.from_dict({"image": [{"bytes": content.getvalue(), "path": None}] * 3})
+    folder = tmp_path / "my [2] photos"
+    table.to_parquet(folder / "part [1].parquet")
+    (folder / "spark.parquet").mkdir()
+    for data in (folder, folder / "part [1].parquet"):
+        assert len(open_source(str(data), image_column="image")) == 3

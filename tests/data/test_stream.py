@@ -3,9 +3,13 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import multiprocessing
+import os
+import threading
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +178,8 @@ def test_going_on_costs_the_same_everywhere(little_hub: LittleHub) -> None:
         little_hub.log.clear()
         taken = ids(found.batches(40, sample // 40, 0), 5)
         assert len(set(taken)) == 200
+        for chunk in found._reader._chunks.values():
+            chunk.result()  # what is read ahead counts too
         log = little_hub.requests("*.parquet", "GET")
         costs.append((len(log), sum(r.sent for r in log)))
     (requests, sent), (later_requests, later_sent) = costs
@@ -310,3 +316,44 @@ def test_what_can_be_streamed(little_hub: LittleHub, photos: Path) -> None:
 def test_sides_are_those_of_the_content(table: str) -> None:
     (taken,) = epochs_of(make(table, val_fraction=0.3), 1)
     assert set(taken) == {n for n in range(60) if not is_held_out(picture(n, (2, 2)), 0.3)}
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_worker_reads_itself_what_its_parent_was_reading(table: str) -> None:
+    """A read that a thread of the parent has not finished never ends in a worker, which has no such thread."""
+    found = open_shards(table)
+    assert found is not None
+    reader = stream._Reader(found)
+    begun = threading.Event()
+    pool = ThreadPoolExecutor(1)
+    pool.submit(begun.wait)  # the only thread of the parent is busy
+    reader._pool, reader._process = pool, os.getpid()
+    reader.want(0, [0])
+    assert not reader._chunks[0].done()
+
+    def read() -> None:
+        reader.want(0, [0])
+        reader.row(0, 0)
+
+    worker = multiprocessing.get_context("fork").Process(target=read)
+    worker.start()
+    worker.join(30)
+    ended = worker.exitcode
+    worker.kill()
+    begun.set()
+    assert ended == 0
+
+
+def test_what_is_needed_at_once_is_read_first(table: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = make(table)
+    monkeypatch.setattr(stream, "_WINDOW", 1)
+    asked: list[int] = []
+    want = found._reader.want
+
+    def noted(lane: int, numbers: list[int]) -> None:
+        asked.append(len(numbers))
+        want(lane, numbers)
+
+    monkeypatch.setattr(found._reader, "want", noted)
+    next(found.batches(LANES, 0, 0))
+    assert asked == [1] * LANES

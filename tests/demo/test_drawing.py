@@ -34,7 +34,7 @@ def test_the_last_frame_is_what_sample_draws(make_pipeline: Make, classes: int, 
     pipeline.set_progress_bar_config(disable=True)
     config = replace(WISH, label="dog" if classes else None, steps=7)
     frames = list(draw(pipeline, config))
-    pixels = ((draw_pictures(pipeline, config) + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
+    pixels = ((torch.cat(list(draw_pictures(pipeline, config))) + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
     for image, expected in zip(frames[-1].pictures, pixels, strict=True):
         assert np.abs(array(image) - expected).max() <= 1
     assert [frame.last for frame in frames] == [False] * (len(frames) - 1) + [True]

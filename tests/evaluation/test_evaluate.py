@@ -143,6 +143,7 @@ def test_a_held_out_picture_that_was_trained_on_is_not_unseen(
         (["--n", "2"], "at least 4 pictures on each side"),
         (["--solver", "rk4"], "no solver 'rk4'"),
         (["--out", "FILE/x.json"], "can't be written to"),
+        (["--out", "."], "can't be written to: Is a directory"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -55,3 +55,15 @@ def test_one_that_was_cut_short_is_refused(tmp_path: Path, damage: str) -> None:
         (newest / "manifest.json").write_text('{"step": 10')
     with pytest.raises(UserError, match=r"step-000010 is cut short .* delete this folder to go on from step-000005"):
         checkpoints.latest()
+
+
+def test_what_was_never_finished_goes_and_copies_of_people_stay(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path)
+    (tmp_path / "step-000001.partial").mkdir()
+    (tmp_path / "step-000002 2").mkdir()  # a copy, as Finder names it
+    folder.begin(3)
+    folder.finish(3, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000002 2", "step-000003"]
+    (tmp_path / "step-000003" / "manifest.json").write_text("[]")
+    with pytest.raises(UserError, match="cut short"):
+        folder.latest()

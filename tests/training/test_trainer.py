@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from liquid_diffusion.loading import load_pipeline
 from liquid_diffusion.models.unet import LiquidUNet
 from liquid_diffusion.pipeline import draw_in_batches
 from liquid_diffusion.training.learning_rate import learning_rate_factor
+from liquid_diffusion.training.resume import check_same_run
+from liquid_diffusion.training.run_folder import RunFolder
 from liquid_diffusion.training.trainer import Trainer
 
 Make = Callable[..., TrainConfig]
@@ -605,3 +608,70 @@ def test_a_card_that_is_too_small_is_told_of(quick: Make, monkeypatch: pytest.Mo
     for free, told in ((2**40, False), (2**26, True)):
         monkeypatch.setattr("liquid_diffusion.training.trainer.free_memory", lambda device, free=free: free)
         assert (trainer.memory_warning() is not None) == told
+
+
+def test_another_folder_of_the_same_name_is_not_gone_on_with(quick: Make, photos: Path, tmp_path: Path) -> None:
+    """Also where it has as many pictures in the same classes."""
+    Trainer(quick(data=str(photos))).save()
+    shutil.copytree(photos, tmp_path / "others" / photos.name)
+    with pytest.raises(UserError, match=r"was trained with data .*/photos, not .*/others/photos"):
+        Trainer(quick(data=str(tmp_path / "others" / photos.name)))
+
+
+def test_a_finished_run_keeps_its_configuration(quick: Make) -> None:
+    trainer = Trainer(quick(steps=1))
+    list(trainer.steps())
+    trainer.save()
+    before = trainer.folder.config_file.read_text()
+    assert Trainer(quick(steps=1, lr=0.5)).finished
+    assert trainer.folder.config_file.read_text() == before
+
+
+def test_a_wish_for_nothing_is_told_as_one(quick: Make, photos: Path) -> None:
+    trainer = Trainer(quick(data=str(photos), steps=1))
+    trainer.save()
+    with pytest.raises(UserError, match="leave --label-column out to go on with it"):
+        check_same_run(
+            trainer.folder.path, trainer.checkpoints.latest()[2],  # type: ignore[index]
+            replace(trainer.config, label_column="kind"), trainer.accelerator,
+        )  # fmt: skip
+
+
+def test_damaged_weights_of_a_checkpoint_are_told(quick: Make) -> None:
+    """Of the right size, so that the manifest does not tell."""
+    place = Trainer(quick()).save()
+    for name in ("optimizer.bin", "ema.pt"):
+        whole = (place / name).read_bytes()
+        (place / name).write_bytes(bytes(len(whole)))
+        with pytest.raises(UserError, match=r"step-000000 is damaged; delete it"):
+            Trainer(quick())
+        (place / name).write_bytes(whole)
+    Trainer(quick())
+
+
+def test_a_half_written_line_of_skipped_pictures_is_passed_over(quick: Make, photos: Path) -> None:
+    (photos / "dog" / "00.png").write_bytes(b"nonsense")
+    folder = Trainer(quick(data=str(photos))).folder
+    whole = (folder.path / "skipped.jsonl").read_text()
+    (folder.path / "skipped.jsonl").write_text(whole + '{"picture": "ca')
+    RunFolder(folder.path).note_skipped(["new.png: it is no picture"], 24)
+    assert '"new.png"' in (folder.path / "skipped.jsonl").read_text()
+
+
+def test_an_unknown_option_of_a_run_is_named(quick: Make) -> None:
+    trainer = Trainer(quick())
+    with trainer.folder.config_file.open("a") as file:
+        file.write("colour: blue\n")
+    with pytest.raises(UserError, match=r"config.yaml has an option that is not known here: colour"):
+        Trainer(quick())
+
+
+def test_mistakes_met_by_a_worker_come_as_one_sentence(
+    quick: Make, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures, "IN_MEMORY_BYTES", 0)
+    trainer = Trainer(quick(data=str(photos), workers=1, val_fraction=0))
+    for path in photos.rglob("*.png"):
+        path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(UserError, match=r"^Not one of the 24 pictures can be read; the first: [^\n]*$"):
+        next(trainer.steps())

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -355,12 +356,11 @@ def encode(config: EncodeConfig) -> None:
     if not encoding.finished:
         state.print(encoding.summary())
     encoding.run()
-    same = "".join(
-        f" --{name.replace('_', '-')} {str(getattr(asked, name)).lower()}"
-        for name in ("crop", "buckets", "flip", "val_fraction")
-        if getattr(asked, name) != getattr(TrainConfig, name)
-    )
-    state.print(
-        f"Done: {config.out}. Train on it: liquid-diffusion train --data {config.data} --image-size "
-        f"{config.image_size} --codec {config.codec}{same} --cache-latents {config.out}"
-    )
+    command = ["liquid-diffusion", "train", "--data", config.data, "--image-size", str(config.image_size)]
+    command += ["--codec", config.codec]
+    for name in ("crop", "buckets", "flip", "val_fraction", "image_column", "label_column"):
+        value = getattr(asked, name)
+        if value != getattr(TrainConfig, name):
+            command += [f"--{name.replace('_', '-')}", str(value).lower() if isinstance(value, bool) else str(value)]
+    command += ["--cache-latents", str(config.out)]
+    state.print(f"Done: {config.out}. Train on it: {shlex.join(command)}")

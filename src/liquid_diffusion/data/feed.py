@@ -119,10 +119,13 @@ def open_batches(feed: Feed, batch_size: int, start: int, workers: int) -> Itera
         yield from feed.batches(batch_size, start, workers, rank, world)
         return
     order = BucketedBatches([indices for _, indices in feed.groups], batch_size * world, feed.seed, start, rank, world)
-    yield from DataLoader(
-        feed,
-        batch_sampler=order,
-        collate_fn=collate,
-        num_workers=0 if feed.in_memory else workers,
-        pin_memory=state.device.type == "cuda",
-    )
+    try:
+        yield from DataLoader(
+            feed,
+            batch_sampler=order,
+            collate_fn=collate,
+            num_workers=0 if feed.in_memory else workers,
+            pin_memory=state.device.type == "cuda",
+        )
+    except UserError as error:  # a worker's comes with its traceback as its text, of which the last line is the error
+        raise UserError(str(error).strip().splitlines()[-1].partition("UserError: ")[-1] or str(error)) from error

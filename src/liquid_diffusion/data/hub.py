@@ -67,7 +67,7 @@ def open_local_table(data: str) -> Any | None:
                 raise UserError(f"{data} has no split train, only {', '.join(splits)}; give the folder of one of them.")
             return splits["train"]
         if parquet := parquet_files(data):
-            return load_dataset("parquet", data_files=parquet, split="train")
+            return load_dataset("parquet", data_files=[glob.escape(file) for file in parquet], split="train")
         if path.is_dir() and any((path / name).is_file() for name in _METADATA):
             return load_dataset("imagefolder", data_dir=str(path), split="train")
     return None
@@ -76,8 +76,10 @@ def open_local_table(data: str) -> Any | None:
 def parquet_files(data: str) -> list[str]:
     """The parquet files on the disk that `data` means: itself, those in it if it is a folder, or that match it."""
     path = Path(data).expanduser()
+    if path.is_file():
+        return [str(path)] if path.suffix == ".parquet" else []
     if path.is_dir() and not any((path / name).is_file() for name in _METADATA):
-        return sorted(str(file) for file in path.rglob("*.parquet"))
+        return sorted(str(file) for file in path.rglob("*.parquet") if file.is_file())
     return sorted(glob.glob(str(path), recursive=True)) if path.suffix == ".parquet" else []  # noqa: PTH207  any root
 
 
@@ -153,7 +155,7 @@ def _in_words(data: str) -> Iterator[None]:
     except DatasetNotFoundError as error:
         raise UserError(
             f"The data set {data!r} is not a folder here, and the Hub does not know it or can't be reached; "
-            "check the name, the network, and `huggingface-cli login` for a private one."
+            "check the name, the network, and `hf auth login` for a private one."
         ) from error
     except (DatasetGenerationError, pa.ArrowException) as error:
         cause = error.__cause__ or error

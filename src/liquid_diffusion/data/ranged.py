@@ -24,7 +24,7 @@ class SourceLostError(UserError):
     """What is read from is gone, or was away for too long."""
 
 
-def in_words(address: str) -> str:
+def short_address(address: str) -> str:
     """An address as a person would say it: the data set's id and the path in it, without the revision."""
     return re.sub(r"^hf://datasets/([^@]+)@[^/]+/", r"\1/", address)
 
@@ -82,11 +82,11 @@ class RangedFile(io.RawIOBase):
                 return act()
             except (OSError, HTTPError) as error:
                 status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
-                pause = next(pauses, None)
+                pause = next(pauses, None) if "://" in self.address else None  # a disk does not come back
                 if pause is None or status in _FINAL or isinstance(error, FileNotFoundError):
                     reason = str(error).strip().splitlines() or [type(error).__name__]
                     raise SourceLostError(
-                        f"{in_words(self.address)} can't be read any more ({reason[0]}); "
+                        f"{short_address(self.address)} can't be read any more ({reason[0]}); "
                         "the same command goes on when it is there again."
                     ) from error
                 time.sleep(pause)

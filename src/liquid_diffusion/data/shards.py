@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from liquid_diffusion.config import UserError
-from liquid_diffusion.data.ranged import RangedFile, SourceLostError, in_words
+from liquid_diffusion.data.ranged import RangedFile, SourceLostError, short_address
 from liquid_diffusion.data.sources import BadPictureError, classes_of
 from liquid_diffusion.data.tables import Columns
 
@@ -129,7 +129,7 @@ class ParquetShards:
             with RangedFile(address) as file:
                 return pq.read_metadata(file)
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{in_words(address)} is damaged: {error}") from error
+            raise UserError(f"{short_address(address)} is damaged: {error}") from error
 
     def _values(self, column: str) -> list[Any]:
         found = []
@@ -139,7 +139,7 @@ class ParquetShards:
         return found
 
     def name(self, chunk: Chunk, index: int) -> str:
-        return f"{in_words(self._addresses[chunk.file])}, row {chunk.first + index}"
+        return f"{short_address(self._addresses[chunk.file])}, row {chunk.first + index}"
 
     def read(self, chunk: Chunk) -> Rows:
         wanted = [name for name in (self._columns.image, self._columns.label) if name is not None]
@@ -180,7 +180,7 @@ class LooseShards:
         self.chunks = [Chunk(0, i, first, min(FILES_OF_A_CHUNK, count - first)) for i, first in enumerate(firsts)]
 
     def name(self, chunk: Chunk, index: int) -> str:
-        return in_words(self._addresses[chunk.first + index])
+        return short_address(self._addresses[chunk.first + index])
 
     def read(self, chunk: Chunk) -> Rows:
         span = slice(chunk.first, chunk.first + chunk.rows)

@@ -37,6 +37,8 @@ def datasets(show_source: list[str] | None, config: ShowConfig, as_json: bool = 
     """
     if not show_source:
         return describe(as_json)
+    if as_json:
+        raise UserError("--json goes with `liquid-diffusion datasets` alone: a grid is a picture.")
     if len(show_source) != 2 or show_source[0] != "show":
         raise UserError("Say `liquid-diffusion datasets`, or `liquid-diffusion datasets show SOURCE --out grid.png`.")
     return show(show_source[1], config)
@@ -45,7 +47,7 @@ def datasets(show_source: list[str] | None, config: ShowConfig, as_json: bool = 
 def show(source: str, config: ShowConfig) -> str:
     """Write the first pictures of a training to `config.out`, cropped and mirrored as the model would get them.
 
-    A row for each class, of the first ten; without classes as they come.
+    A row for each class, of the first ten that are met; without classes as they come.
 
     Returns:
         In words: where the grid is, and what was met on the way.
@@ -58,22 +60,24 @@ def show(source: str, config: ShowConfig) -> str:
     run = resolve(TrainConfig(**{**asdict(config), "data": source, "val_fraction": 0.0}), "cpu")
     multiple = check_size(run.image_size, run.codec, FACTORS[run.codec]) if run.buckets else 1
     feed, held_out = open_pictures(run, multiple)
-    classes = feed.label_names[:_MOST_CLASSES]
-    rows: list[list[Tensor]] = [[] for _ in classes or range(_ROWS)]
+    rows: dict[int, list[Tensor]] = {}
+    most = min(len(feed.label_names), _MOST_CLASSES) or _ROWS
     skipped = list(feed.skipped)
     limit = min(_LOOKED_AT, len(feed))
     for taken, (images, labels, bad) in enumerate(open_batches(feed, 1, 0, workers=0)):
         skipped += bad
-        row = int(labels[0]) if classes else taken // _COLUMNS
-        if row < len(rows) and len(rows[row]) < _COLUMNS:
-            rows[row].append(images[0])
-        if taken + 1 == limit or all(len(row) == _COLUMNS for row in rows):
+        row = int(labels[0]) if feed.label_names else taken // _COLUMNS
+        if row in rows or len(rows) < most:
+            rows.setdefault(row, [])
+            rows[row] += [images[0]] if len(rows[row]) < _COLUMNS else []
+        if taken + 1 == limit or sum(map(len, rows.values())) == most * _COLUMNS:
             break
-    shapes = [image.shape[1:] for row in rows for image in row]
+    shapes = [image.shape[1:] for row in rows.values() for image in row]
     height, width = max(shape[0] for shape in shapes), max(shape[1] for shape in shapes)
-    rows = [[_on_grey(image, height, width) for image in row] for row in rows]
-    shown = [row + [row[0].new_full(row[0].shape, 255)] * (_COLUMNS - len(row)) for row in rows if row]
-    kept = [name for name, row in zip(classes, rows, strict=False) if row]
+    numbers = sorted(rows)
+    on_grey = [[_on_grey(image, height, width) for image in rows[number]] for number in numbers]
+    shown = [row + [row[0].new_full(row[0].shape, 255)] * (_COLUMNS - len(row)) for row in on_grey]
+    kept = [feed.label_names[number] for number in numbers] if feed.label_names else []
     sheet = draw_grid([to_pil(to_float(image)[None])[0] for image in itertools.chain(*shown)], _COLUMNS, kept)
     out = Path(config.out)
     try:
@@ -81,7 +85,7 @@ def show(source: str, config: ShowConfig) -> str:
         sheet.save(out)
     except (OSError, ValueError) as error:
         raise UserError(f"{out} can't be written: {error}.") from error
-    lines = [f"{out}: {sum(map(len, rows))} of {describe_feed(feed, run, held_out)}."]
+    lines = [f"{out}: {sum(map(len, rows.values()))} of {describe_feed(feed, run, held_out)}."]
     if feed.label_names:
         lines.append(f"Classes: {', '.join(feed.label_names)}.")
     facts = find_facts(source)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path, PurePath, PurePosixPath
 from typing import TYPE_CHECKING, Protocol
@@ -107,6 +108,19 @@ def classes_of(paths: Sequence[tuple[str, ...]]) -> tuple[list[str], list[int]]:
     return names, [numbers[parts[0]] for parts in paths]
 
 
+def _files(folder: Path) -> Iterator[Path]:
+    """All files in a folder and those within it, links to folders too; not those to a folder that they lie in."""
+    for place, folders, names in os.walk(folder, followlinks=True):
+        here = Path(place)
+        inside = here.resolve()
+        folders[:] = [
+            name
+            for name in folders
+            if not (here / name).is_symlink() or not inside.is_relative_to((here / name).resolve())
+        ]
+        yield from (here / name for name in names)
+
+
 class FolderSource:
     """All pictures in a folder, recursively; where each lies in a folder of its own class, these are the labels.
 
@@ -118,7 +132,7 @@ class FolderSource:
         if not folder.is_dir():
             raise UserError(f"There is no folder {folder}.")
         self.folder = folder
-        self.paths = sorted(p for p in folder.rglob("*") if is_picture(p.relative_to(folder)) and p.is_file())
+        self.paths = sorted(p for p in _files(folder) if is_picture(p.relative_to(folder)) and p.is_file())
         if not self.paths:
             raise UserError(f"There are no pictures in {folder}.")
         self.label_names, self._labels = classes_of([path.relative_to(folder).parts for path in self.paths])
@@ -204,7 +218,8 @@ def open_source(data: str, image_column: str | None = None, label_column: str | 
 def same_place(before: str, now: str) -> bool:
     """Whether two values of --data can mean the same pictures: they are equal, or one folder moved elsewhere."""
     then, here = Path(before), Path(now)
-    return before == now or (then.is_absolute() and here.is_absolute() and then.name == here.name)
+    moved = then.is_absolute() and here.is_absolute() and then.name == here.name and not then.exists()
+    return before == now or moved
 
 
 def open_shards(data: str, image_column: str | None = None, label_column: str | None = None) -> Shards | None:

@@ -3,7 +3,7 @@
 The order of an epoch is a function of the seed: the chunks are shuffled and laid end to end, the rows are cut into as
 many equal spans as there are lanes, and each lane walks along its span by windows of whole chunks, whose pictures are
 shuffled. Where a lane is, is two numbers: its epoch and the rows it has passed. Nothing else has to be saved, and to go
-on, the chunks of one window are read, however far it has come.
+on, the chunks of one window of each lane are read, however far it has come.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class _Reader:
 
     def want(self, lane: int, numbers: Sequence[int]) -> None:
         """Begin to read these chunks for a lane; those that no lane wants any more are dropped."""
-        if self._process != os.getpid():  # a forked worker has the chunks of its parent, but not its threads
-            self._pool, self._process = ThreadPoolExecutor(1), os.getpid()
+        if self._process != os.getpid():  # what its parent was reading never comes to a forked worker
+            self._pool, self._process, self._chunks = ThreadPoolExecutor(1), os.getpid(), {}
         assert self._pool is not None
         self._wanted[lane] = set(numbers)
         still = set().union(*self._wanted.values())
@@ -214,9 +214,11 @@ class PictureStream(PictureFeed):
                 if passed >= start:
                     continue
                 following = windows[i + 1] if i + 1 < len(windows) else next(self._windows(lane, lanes, epoch + 1))
-                self._reader.want(lane, [number for number, _, _ in (*window, *(following if ahead else ()))])
+                self._reader.want(lane, [number for number, _, _ in window])
                 random.Random(stable_hash(self.seed, 5, epoch, lane, i)).shuffle(rows)
-                for number, row in rows[passed - begun :]:
+                for taken, (number, row) in enumerate(rows[passed - begun :]):
+                    if taken == 1 and ahead:  # not before every lane has asked for what it needs at once
+                        self._reader.want(lane, [number for number, _, _ in (*window, *following)])
                     passed += 1
                     fruitless += 1
                     try:

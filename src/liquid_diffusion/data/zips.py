@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from PIL import Image
 
 from liquid_diffusion.config import UserError
-from liquid_diffusion.data.ranged import RangedFile, in_words
+from liquid_diffusion.data.ranged import RangedFile, short_address
 from liquid_diffusion.data.shards import FILES_OF_A_CHUNK, Chunk, Rows
 from liquid_diffusion.data.sources import BadPictureError, classes_of, decode, is_picture
 from liquid_diffusion.data.transforms import Shape
@@ -90,7 +90,7 @@ class ZipShards:
                 infos = sorted(archive.infolist(), key=lambda info: info.header_offset)
                 stops = [info.header_offset for info in infos[1:]] + [archive.start_dir]
         except (zipfile.BadZipFile, OSError) as error:
-            raise UserError(f"{in_words(address)} is damaged: {error}") from error
+            raise UserError(f"{short_address(address)} is damaged: {error}") from error
         return [
             _Entry(info.filename, info.header_offset, stop, info)
             for info, stop in zip(infos, stops, strict=True)
@@ -98,7 +98,7 @@ class ZipShards:
         ]
 
     def name(self, chunk: Chunk, index: int) -> str:
-        return f"{in_words(self._addresses[chunk.file])}, {self._entries[chunk.file][chunk.first + index].path}"
+        return f"{short_address(self._addresses[chunk.file])}, {self._entries[chunk.file][chunk.first + index].path}"
 
     def read(self, chunk: Chunk) -> Rows:
         span = slice(chunk.first, chunk.first + chunk.rows)

@@ -48,7 +48,7 @@ def _number(value: float | None, name: str) -> int:
     return int(value)
 
 
-def _in_words(gr: Any, work: Callable[..., Any]) -> Callable[..., Iterator[Any]]:
+def _with_messages(gr: Any, work: Callable[..., Any]) -> Callable[..., Iterator[Any]]:
     """The function with a person's mistakes as gradio's message; other errors stay in the server's log."""
 
     @functools.wraps(work)  # the client's argument names are those of the function
@@ -230,7 +230,7 @@ class Demo:
             stop = gr.Button("Stop", scale=0, min_width=120)
         pictures = gr.HTML(page.empty("Press Draw, and watch the steps arrive."), elem_id="pictures")
         drawn = go.click(
-            _in_words(gr, self.draw), [*wish, n, view], pictures, api_name="draw", show_progress="hidden", **_BUSY
+            _with_messages(gr, self.draw), [*wish, n, view], pictures, api_name="draw", show_progress="hidden", **_BUSY
         )
         stop.click(None, cancels=[drawn], api_visibility="private")
 
@@ -241,7 +241,7 @@ class Demo:
         )
         go = gr.Button("Show the path", variant="primary", elem_id="path")
         strip = gr.HTML(page.empty("Noise on the left, the picture on the right."), elem_id="strip")
-        go.click(_in_words(gr, self.path), wish, strip, api_name="path", **_BUSY)
+        go.click(_with_messages(gr, self.path), wish, strip, api_name="path", **_BUSY)
 
     def _morph_tab(self, gr: Any, wish: list[Any]) -> None:
         gr.Markdown("From the noise of one seed to the noise of another, along the sphere between; one class for all.")
@@ -251,7 +251,7 @@ class Demo:
             frames = gr.Slider(2, most, max(2, most // 2), step=1, label="Pictures", min_width=240)
         go = gr.Button("Morph", variant="primary", elem_id="morph")
         moving = gr.HTML(page.empty("The way between the two seeds, moving."), elem_id="moving")
-        go.click(_in_words(gr, self.morph), [*wish, other, frames], moving, api_name="morph", **_BUSY)
+        go.click(_with_messages(gr, self.morph), [*wish, other, frames], moving, api_name="morph", **_BUSY)
 
     def _training_tab(self, gr: Any, blocks: Any) -> None:
         if not (grids(self.folder) or loss_curve(self.folder)):
@@ -308,7 +308,9 @@ def _check_address(host: str, port: int) -> None:
         with socket.create_server((host, port)):
             pass
     except OSError as error:
-        raise UserError(f"{host}:{port} can't be used ({error.strerror}); choose another --port or --host.") from error
+        raise UserError(
+            f"{host}:{port} can't be used ({os.strerror(error.errno or 0)}); choose another --port or --host."
+        ) from error
 
 
 def serve(run: str | None, config: DemoConfig) -> NoReturn:

@@ -177,7 +177,7 @@ def evaluate(run: str | None, config: EvaluateConfig, as_json: bool = False) -> 
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         fresh = not out.exists()
-        out.touch()  # to fail before the work and not after it
+        out.open("a").close()  # to fail before the work and not after it
     except OSError as error:
         raise UserError(f"{out} can't be written to: {error.strerror}.") from error
     try:

@@ -42,15 +42,17 @@ def pictures_of_run(run: str | Path, height: int, width: int) -> RunPictures | N
     settings = Path(run).expanduser() / "config.yaml"
     if not settings.is_file():
         return None
-    config = yaml.safe_load(settings.read_text())
-    source = open_source(config["data"], config.get("image_column"), config.get("label_column"))
+    try:
+        config = yaml.safe_load(settings.read_text())
+        data, flip, seed, val_fraction = (config[name] for name in ("data", "flip", "seed", "val_fraction"))
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise UserError(f"{settings} does not say what the run was trained on: it is damaged ({error}).") from error
+    source = open_source(data, config.get("image_column"), config.get("label_column"))
     crop = "pad" if config.get("crop") == "pad" else "center"  # random crops have no one picture to be held against
-    chosen, held_out = split(source, config["val_fraction"])
+    chosen, held_out = split(source, val_fraction)
 
     def pictures(indices: list[int]) -> PictureDataset:
-        return PictureDataset(
-            source, max(height, width), config["flip"], config["seed"], indices, crop, shapes=[(height, width)]
-        )
+        return PictureDataset(source, max(height, width), flip, seed, indices, crop, shapes=[(height, width)])
 
     return RunPictures(pictures(chosen), pictures(held_out) if held_out else None)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -30,15 +31,17 @@ class CheckpointFolder:
 
     def all(self) -> list[Path]:
         """All checkpoints, oldest first."""
-        return sorted(self.folder.glob("step-*[0-9]"), key=lambda path: int(path.name.removeprefix("step-")))
+        whole = [path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+        return sorted(whole, key=lambda path: int(path.name.removeprefix("step-")))
 
     def place(self, step: int) -> Path:
         """Where the files of a checkpoint are put while it is written."""
         return self.folder / f"step-{step:06d}.partial"
 
     def begin(self, step: int) -> None:
-        """Make an empty folder at `place`."""
-        shutil.rmtree(self.place(step), ignore_errors=True)
+        """Make an empty folder at `place`; what was begun before and never finished goes."""
+        for leftover in self.folder.glob("*.partial"):
+            shutil.rmtree(leftover, ignore_errors=True)
         self.place(step).mkdir(parents=True)
 
     def finish(self, step: int, facts: dict[str, Any]) -> Path:
@@ -69,7 +72,7 @@ class CheckpointFolder:
                 found = (newest / name).stat().st_size
                 if found != size:
                     raise ValueError(f"{name} has {found} of {size} bytes")
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             before = f"go on from {folders[-2].name}" if len(folders) > 1 else "start anew"
             raise UserError(
                 f"The checkpoint {newest} is cut short ({error}); delete this folder to {before}."

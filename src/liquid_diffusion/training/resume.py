@@ -46,7 +46,7 @@ def check_same_run(folder: Path, before: dict[str, Any], config: RunConfig, acce
         if name not in _FREE and not same:
             raise UserError(
                 f"{folder} was trained with {name} {settings[name]}, not {value}; "
-                f"say --{name.replace('_', '-')} {settings[name]} to go on with it, or choose another --out."
+                f"{_wish(name, settings[name])} to go on with it, or choose another --out."
             )
     for name, value in machine_facts(accelerator).items():
         then = before["machine"][name]
@@ -56,6 +56,11 @@ def check_same_run(folder: Path, before: dict[str, Any], config: RunConfig, acce
             raise UserError(
                 f"{folder} was trained with {name} {then}, here it would be {value}; {mend}, or choose another --out."
             )
+
+
+def _wish(name: str, value: Any) -> str:
+    flag = f"--{name.replace('_', '-')}"
+    return f"leave {flag} out" if value is None else f"say {flag} {value}"
 
 
 def check_same_data(checkpoint: Path, before: dict[str, Any], data: str, pictures: int, label_names: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -50,8 +51,11 @@ class RunFolder:
             settings = yaml.safe_load(self.config_file.read_text())
         except (OSError, ValueError, yaml.YAMLError):
             settings = None
-        if not isinstance(settings, dict) or not set(settings) <= {field.name for field in fields(RunConfig)}:
+        names = {field.name for field in fields(RunConfig)}
+        if not isinstance(settings, dict) or not names & set(settings):
             raise UserError(f"{self.path} holds something else than a run; choose another --out.")
+        if unknown := sorted(map(str, set(settings) - names)):
+            raise UserError(f"{self.config_file} has an option that is not known here: {unknown[0]}.")
 
     def begin(self, config: RunConfig) -> None:
         """Make the folder, if it is not there, and write the configuration.
@@ -76,8 +80,10 @@ class RunFolder:
             return
         skipped = self.path / "skipped.jsonl"
         if skipped.is_file():  # of this run before it was stopped, or of other processes, which meet the same ones
-            known = [json.loads(line) for line in skipped.read_text().splitlines()]
-            self._skipped.update(f"{line['picture']}: {line['reason']}" for line in known)
+            for line in skipped.read_text().splitlines():
+                with contextlib.suppress(ValueError, KeyError):  # another process may be writing the last one
+                    known = json.loads(line)
+                    self._skipped.add(f"{known['picture']}: {known['reason']}")
         new = [message for message in dict.fromkeys(messages) if message not in self._skipped]
         if not new:
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from pathlib import Path
@@ -72,3 +73,5 @@ class StopRequest:
         if self.wanted:
             raise KeyboardInterrupt
         self.wanted = True
+        # not by print, which may be at work itself when the signal comes
+        os.write(2, b"\nStopping after this step, to save it; once more stops at once and saves nothing.\n")

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -110,7 +112,7 @@ class Trainer:
             self._load(*found)
         if run.push_to_hub:
             prepare(run.push_to_hub, run.hub_private)
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process and not self.finished:
             self.folder.begin(run)
             self.folder.note_skipped(self.dataset.skipped, self.dataset.total)
         self.accelerator.wait_for_everyone()
@@ -178,8 +180,14 @@ class Trainer:
 
     def _load(self, folder: Path, step: int, facts: dict[str, Any]) -> None:
         check_same_data(folder, facts, self.config.data, len(self.dataset), self.dataset.label_names)
-        self.accelerator.load_state(str(folder))
-        self.ema.load_state_dict(torch.load(folder / "ema.pt", map_location="cpu", weights_only=True))
+        try:
+            self.accelerator.load_state(str(folder))
+            averaged = torch.load(folder / "ema.pt", map_location="cpu", weights_only=True)
+        except (UnpicklingError, RuntimeError, SafetensorError) as error:
+            if "out of memory" in str(error):
+                raise
+            raise UserError(f"The checkpoint {folder} is damaged; delete it to go on from the one before.") from error
+        self.ema.load_state_dict(averaged)
         self.ema.to("cpu" if self.config.ema_on_cpu else self.accelerator.device)
         generator = folder / f"generator-{self.accelerator.process_index}.pt"
         self.generator.set_state(torch.load(generator, map_location="cpu", weights_only=True))
