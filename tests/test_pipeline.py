@@ -114,7 +114,7 @@ def test_labels_and_guidance_reach_the_picture() -> None:
 
 
 def test_names_of_classes_are_the_same_in_either_form_of_an_accent() -> None:
-    """macOS writes accents apart from their letters in the names of folders; spaces at the ends are no part of a wish."""
+    """macOS takes accents from their letters in names of folders; spaces at the ends are no part of a wish."""
     pipeline = make()
     pipeline.register_to_config(label_names=["cafe\u0301", " lead"])
     assert pipeline.labels(["caf\u00e9", "CAFE\u0301", "lead", " lead"], 4).tolist() == [0, 0, 1, 1]  # type: ignore[union-attr]

@@ -104,6 +104,17 @@ def test_the_card_of_a_data_set_on_the_hub_and_of_a_folder(trained: Path, tmp_pa
     assert "a folder called `holiday`" in card.text
 
 
+def test_figures_of_a_model_that_was_trained_further_are_left_out(trained: Path, tmp_path: Path) -> None:
+    from liquid_diffusion.model_card import model_card
+
+    pipeline = load_pipeline(str(trained))
+    figures = json.loads((trained / "metrics.json").read_text())
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1}\n{"step": 3, "loss": 1}\n')
+    for step, told in ((3, True), (1, False)):
+        (tmp_path / "metrics.json").write_text(json.dumps({**figures, "step": step}))
+        assert ("0.1234" in model_card(pipeline, tmp_path, "me/it").text) == told
+
+
 def test_a_folder_with_a_card_of_its_own_keeps_it(little_hub: LittleHub, trained: Path, tmp_path: Path) -> None:
     shutil.copytree(trained / "pipeline", tmp_path / "packed")
     (tmp_path / "packed" / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n# Written by hand\n")

@@ -22,6 +22,12 @@ def grids(run: Path, most: int = _MOST_GRIDS) -> list[tuple[int, Path]]:
     return [(step, files[step]) for step in steps]
 
 
+def last_step(run: Path) -> int | None:
+    """The last step that RUN/metrics.jsonl tells of; None where it tells of none."""
+    curve = loss_curve(run)
+    return int(curve[-1][0]) if curve else None
+
+
 def loss_curve(run: Path, points: int = 200) -> list[tuple[float, float]]:
     """(step, loss) of RUN/metrics.jsonl, each the mean of neighbouring lines so that at most `points` are left."""
     file = run / "metrics.jsonl"

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from liquid_diffusion import __version__
 from liquid_diffusion.data.registry import DatasetFacts, find_facts
-from liquid_diffusion.history import grids
+from liquid_diffusion.history import grids, last_step
 from liquid_diffusion.model_index import without_path
 from liquid_diffusion.pipeline import LiquidDiffusionPipeline
 
@@ -93,6 +93,8 @@ def model_card(pipeline: LiquidDiffusionPipeline, run: Path, name: str) -> Model
         settings = yaml.safe_load((run / "config.yaml").read_text())
     with contextlib.suppress(OSError, ValueError):  # not measured, or cut short
         metrics = json.loads((run / "metrics.json").read_text())
+    if metrics.get("step") not in (None, last_step(run)):
+        metrics = {}  # of the model as it was before it was trained further
     data = settings.get("data")
     facts = find_facts(data) if data else None
     hub_id = _hub_id(data, facts) if data else None

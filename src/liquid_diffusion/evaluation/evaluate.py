@@ -24,6 +24,7 @@ from liquid_diffusion.evaluation.nearest import nearest_pictures
 from liquid_diffusion.evaluation.reference import CachedFeatures, RunPictures, labels_of, pictures_of_run
 from liquid_diffusion.evaluation.report import table
 from liquid_diffusion.hardware import keep_freed_memory, process_state
+from liquid_diffusion.history import last_step
 from liquid_diffusion.loading import find_run, load_pipeline
 from liquid_diffusion.pipeline import LiquidDiffusionPipeline, draw_in_batches
 from liquid_diffusion.sampling import make_scheduler
@@ -149,6 +150,7 @@ def measure(run: str | None, config: EvaluateConfig) -> tuple[dict[str, Any], Im
     real = cached.of(reference)
     facts: dict[str, Any] = {
         "run": folder,
+        "step": last_step(Path(folder).expanduser()),
         "samples": asdict(config),
         "reference_pictures": len(reference),
         **compare(real, features),
