@@ -57,3 +57,18 @@ def test_every_convolution_inside_is_a_mixer_and_nothing_else() -> None:
     wanted = {name for name, _ in model.named_parameters() if name.endswith(inside)}
     wanted |= {"stem.2.weight", "downsamples.0.weight", "upsamples.0.weight", "fuses.0.weight", "fuses.1.weight"}
     assert names == wanted
+
+
+def test_a_step_whose_scaled_gradients_overflowed_changes_nothing() -> None:
+    """Neither what is orthogonalised nor what is not; the next one does."""
+    mixer, other = nn.Parameter(torch.ones(4, 8, 1, 1)), nn.Parameter(torch.ones(3))
+    optimizer = Muon([mixer], [other], lr=0.1, weight_decay=0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    for value, stays in ((float("inf"), True), (1.0, False)):
+        mixer.grad = torch.full_like(mixer, value)
+        other.grad = torch.ones_like(other)
+        scaler.scale(torch.ones(1))  # makes its state
+        scaler.step(optimizer)
+        scaler.update()
+        assert bool((mixer == 1).all()) == stays
+        assert bool((other == 1).all()) == stays
