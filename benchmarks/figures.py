@@ -139,6 +139,28 @@ def comparison_tables(rows: list[Row], base: str, columns: dict[str, str] | None
     return "\n\n".join(tables) or NOT_YET
 
 
+def optimizer_table(rows: list[Row]) -> str:
+    """The models that were trained under one budget by AdamW and by Muon, and how they differ."""
+    final = [row for row in rows if row["split"] == "val" and float(row["fraction"]) == 1]
+    same = [name for name in SETTING if name != "optimizer"]
+    tables = []
+    for setting in _group(final, *same).values():
+        lines = []
+        for (model,), some in _group(setting, "model").items():
+            by = {key: chosen for (key,), chosen in _group(some, "optimizer").items()}
+            for name, words in (("adamw", "AdamW"), ("muon", "Muon")) if len(by) == 2 else ():
+                value, error = mean_and_error(by[name])
+                loss = statistics.mean(float(row["held_out_loss"]) for row in by[name])
+                step = statistics.mean(1000 * float(row["seconds"]) / float(row["steps"]) for row in by[name])
+                difference = "" if name == "adamw" else verdict(by[name], by["adamw"])
+                cells = [f"{value:.3f} ± {error:.3f}", difference, f"{loss:.4f}", f"{step:.0f}", str(len(by[name]))]
+                lines.append([model, words, *cells])
+        if lines:
+            header = ["model", "by", "KD", "difference from AdamW", "loss on val", "ms a step", "seeds"]
+            tables.append(f"{_setting({**setting[0], 'optimizer': ''})}:\n\n{markdown(header, lines)}")
+    return "\n\n".join(tables) or NOT_YET
+
+
 def tuning_table(rows: list[Row]) -> str:
     """Loss at the end of the trainings for choices, for each learning rate."""
     final = [row for row in rows if row["split"] == "tune" and float(row["fraction"]) == 1]
@@ -236,6 +258,7 @@ def draw_quality() -> None:
     variants = [row for row in rows if row["model"] in ABLATIONS]
     questions = {name: ablation.question for name, ablation in ABLATIONS.items()}
     tables = {"learning rates": tuning_table(rows), "ablations": comparison_tables(variants, "liquid", questions)}
+    tables["optimisers"] = optimizer_table(rows)
     for name, unit, x, words in (
         ("time", " s", "seconds", "seconds of training steps"),
         ("images", "images", "images", "images seen"),

@@ -3,7 +3,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from figures import NOT_YET, Row, causal_table, comparison_tables, mean_and_error, tuning_table, verdict, write_tables
+from figures import (
+    NOT_YET,
+    Row,
+    causal_table,
+    comparison_tables,
+    mean_and_error,
+    optimizer_table,
+    tuning_table,
+    verdict,
+    write_tables,
+)
 
 
 def rows(model: str, *values: float, **changes: str) -> list[Row]:
@@ -52,6 +62,17 @@ def test_tables_hold_what_the_rows_say() -> None:
     assert tuning.splitlines()[0].startswith("480 s each, 32 px")
     assert tuning.splitlines()[2] == "| model | 0.0005 | 0.002 |"
     assert tuning.splitlines()[-1] == "| a | **0.300** | 0.400 |"
+
+
+def test_optimisers_are_told_of_models_that_had_both() -> None:
+    some = rows("liquid", 0.4, 0.5, 0.6) + rows("liquid", 0.1, 0.2, 0.3, optimizer="muon", seconds="500")
+    table = optimizer_table(some + rows("peer", 0.8) + rows("peer", 0.7, optimizer="muon", budget="9 s"))
+    assert table.splitlines()[-2:] == [
+        "| liquid | AdamW | 0.500 ± 0.058 |  | 0.2500 | 480 | 3 |",
+        "| liquid | Muon | 0.200 ± 0.058 | better, 3.7 standard errors | 0.2500 | 500 | 3 |",
+    ]
+    assert "peer" not in table
+    assert table.startswith("480 s each, 32 px, size of nano, x86_64, 2 threads:")
 
 
 def test_causal_table_has_a_row_for_each_intervention() -> None:
