@@ -82,8 +82,9 @@ class RangedFile(io.RawIOBase):
                 return act()
             except (OSError, HTTPError) as error:
                 status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
-                pause = next(pauses, None) if "://" in self.address else None  # a disk does not come back
-                if pause is None or status in _FINAL or isinstance(error, FileNotFoundError):
+                pause = next(pauses, None)
+                final = isinstance(error, FileNotFoundError | IsADirectoryError | PermissionError)
+                if pause is None or status in _FINAL or final:
                     reason = str(error).strip().splitlines() or [type(error).__name__]
                     raise SourceLostError(
                         f"{short_address(self.address)} can't be read any more ({reason[0]}); "
