@@ -94,7 +94,7 @@ def test_nearest_training_pictures(trained: Path, tmp_path: Path, capsys: Captur
     assert run("sample", trained, "--n", "9", "--steps", "2", "--nearest", "true", "--out", out) == 0
     assert "nearest training picture" in capsys.readouterr().out
     with Image.open(out) as sheet:
-        assert sheet.height == 4 * 66 - 2  # 9 samples in two rows, each over its row of nearest pictures
+        assert sheet.height == 4 * 66 + 6  # 9 samples in two rows, each over its row of nearest pictures
 
 
 def test_own_folder_in_classes(photos: Path, tmp_path: Path, capsys: Capture) -> None:

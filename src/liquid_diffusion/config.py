@@ -137,7 +137,7 @@ def _check_at_least_one(config: object, *names: str) -> None:
 
 def _check_seed(seed: int) -> None:
     if not 0 <= seed < 2**32:
-        raise UserError(f"seed must lie between 0 and 2^32 - 1, not {seed}.")
+        raise UserError(f"A seed must lie between 0 and 2^32 - 1, not {seed}.")
 
 
 def _check_sampling(config: SampleConfig | EvaluateConfig) -> None:

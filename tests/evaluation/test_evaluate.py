@@ -71,7 +71,7 @@ def test_evaluate(run: Path, tmp_path: Path, capsys: Capture) -> None:
     assert facts["memorisation"]["pixel_distance"]["samples_median"] > 0
     assert f"{facts['kd']:.4f}" in said
     with Image.open(facts["nearest_pairs"]) as pairs:
-        assert pairs.height == 4 * 66 - 2  # ten pairs in two double rows of 16 px, four times enlarged
+        assert pairs.height == 4 * 66 + 6  # ten pairs in two double rows of 16 px, four times enlarged
 
     assert main([*arguments, "--out", str(out), "--json"]) == 0
     again = json.loads(capsys.readouterr().out)

@@ -77,8 +77,6 @@ def check(pipeline: LiquidDiffusionPipeline, config: SampleConfig) -> None:
         raise UserError(f"At most {MOST_STEPS} steps can be taken, not {config.steps}.")
     if not 0 <= config.guidance <= MOST_GUIDANCE:  # a NaN is refused too
         raise UserError(f"The guidance must lie between 0 and {MOST_GUIDANCE:g}, not {config.guidance:g}.")
-    if not 0 <= config.seed < 2**32:
-        raise UserError(f"A seed must lie between 0 and 2^32 - 1, not {config.seed}.")
 
 
 def draw(pipeline: LiquidDiffusionPipeline, config: SampleConfig, view: View = "state") -> Iterator[Frame]:
