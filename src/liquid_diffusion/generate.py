@@ -74,12 +74,13 @@ def generate(run: str | None, config: SampleConfig) -> str:
     pipeline.set_progress_bar_config(desc="Sampling", leave=False)
     batches = draw_pictures(pipeline, config)
     words = ""
+    if config.nearest:
+        sheet, words = _beside_nearest(torch.cat(list(batches)), find_run(run))
+    elif grid:
+        sheet = draw_grid(to_pil(torch.cat(list(batches))), columns=max(1, round(config.n**0.5)))
     try:
-        if config.nearest:
-            sheet, words = _beside_nearest(torch.cat(list(batches)), find_run(run))
+        if grid:
             sheet.save(out)
-        elif grid:
-            draw_grid(to_pil(torch.cat(list(batches))), columns=max(1, round(config.n**0.5))).save(out)
         else:  # as they come: thousands of them need not be in memory together
             pictures = itertools.chain.from_iterable(map(to_pil, batches))
             for seed, picture in enumerate(pictures, config.seed):

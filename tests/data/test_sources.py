@@ -285,9 +285,11 @@ def test_folders_may_be_links(photos: Path, tmp_path: Path) -> None:
         (linked / name).symlink_to(photos / name)
     (linked / "again").symlink_to(linked)
     (linked / "other dogs").symlink_to(photos / "dog")
+    (photos / "cat" / "round").symlink_to(linked)  # from there back to the cats, and so on
     source = FolderSource(linked)
     assert source.label_names == ["cat", "dog", "other dogs"]
     assert len(source) == 24 + 12
+    assert not [path for path in source.paths if "round" in path.parts]
 
 
 def test_parquet_of_any_name_and_beside_folders_that_are_called_so(tmp_path: Path) -> None:

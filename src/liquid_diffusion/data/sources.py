@@ -109,15 +109,13 @@ def classes_of(paths: Sequence[tuple[str, ...]]) -> tuple[list[str], list[int]]:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """All files in a folder and those within it, links to folders too; not those to a folder that they lie in."""
+    """All files in a folder and those within it, links to folders too; not those that lead back to where they lie."""
     for place, folders, names in os.walk(folder, followlinks=True):
         here = Path(place)
-        inside = here.resolve()
-        folders[:] = [
-            name
-            for name in folders
-            if not (here / name).is_symlink() or not inside.is_relative_to((here / name).resolve())
-        ]
+        links = [name for name in folders if (here / name).is_symlink()]
+        if links:
+            above = {way.resolve() for way in (here, *here.parents)} | set(here.resolve().parents)
+            folders[:] = [name for name in folders if name not in links or (here / name).resolve() not in above]
         yield from (here / name for name in names)
 
 
