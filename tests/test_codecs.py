@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
 from liquid_diffusion.codecs import AutoencoderCodec, PixelCodec, load_vae, make_codec
-from liquid_diffusion.config import UserError
+from liquid_diffusion.errors import UserError
 
 
 def tiny_vae() -> AutoencoderKL:

@@ -11,7 +11,8 @@ from diffusers import AutoencoderKL
 from torch.profiler import ProfilerActivity, profile
 
 from liquid_diffusion.cli import main
-from liquid_diffusion.config import EncodeConfig, EstimateConfig, UserError
+from liquid_diffusion.config import EncodeConfig, EstimateConfig
+from liquid_diffusion.errors import UserError
 from liquid_diffusion.estimate import SD_VAE, _autoencoder_on_fakes, _moments, estimate, largest_batch, shortage
 from liquid_diffusion.models.unet import LiquidUNet
 

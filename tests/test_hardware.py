@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from liquid_diffusion.config import UserError
+from liquid_diffusion.errors import UserError
 from liquid_diffusion.hardware import at_most_cores, choose_precision, fastest_dtype
 
 CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))

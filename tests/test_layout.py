@@ -14,6 +14,7 @@ import liquid_diffusion
 SOURCE = Path(liquid_diffusion.__file__).parent
 FLOORS = {
     "": 0,
+    "errors": 0,
     "config": 0,
     "bundle": 0,
     "model_index": 0,

@@ -18,7 +18,7 @@ from diffusers import (
 )
 
 from liquid_diffusion.codecs import AutoencoderCodec
-from liquid_diffusion.config import UserError
+from liquid_diffusion.errors import UserError
 from liquid_diffusion.loading import load_pipeline
 from liquid_diffusion.models.unet import LiquidUNet
 from liquid_diffusion.pipeline import LiquidDiffusionPipeline

@@ -20,7 +20,8 @@ from diffusers import (
 )
 from torch import Tensor
 
-from liquid_diffusion.config import SOLVERS, EvaluateConfig, SampleConfig, UserError
+from liquid_diffusion.config import SOLVERS, EvaluateConfig, SampleConfig
+from liquid_diffusion.errors import UserError
 from liquid_diffusion.sampling import for_flow, guide, make_scheduler, sample_steps, seeded_generators, solver_times
 
 MEAN, DEVIATION = 0.7, 0.3

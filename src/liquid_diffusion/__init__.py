@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from liquid_diffusion.config import SampleConfig, TrainConfig, UserError
+    from liquid_diffusion.config import SampleConfig, TrainConfig
+    from liquid_diffusion.errors import UserError
     from liquid_diffusion.models.liquid import LiquidBlock, cfc_gate, liquid_relaxation
     from liquid_diffusion.models.unet import LiquidUNet
     from liquid_diffusion.pipeline import LiquidDiffusionPipeline
@@ -24,7 +25,7 @@ _HOMES = {
     "SampleConfig": "config",
     "TrainConfig": "config",
     "Trainer": "training.trainer",
-    "UserError": "config",
+    "UserError": "errors",
     "cfc_gate": "models.liquid",
     "liquid_relaxation": "models.liquid",
 }

@@ -21,8 +21,8 @@ from liquid_diffusion.config import (
     SampleConfig,
     ShowConfig,
     TrainConfig,
-    UserError,
 )
+from liquid_diffusion.errors import UserError
 
 _EXAMPLES = """
 examples:

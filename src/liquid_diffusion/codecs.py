@@ -21,7 +21,7 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from liquid_diffusion.config import UserError
+from liquid_diffusion.errors import UserError
 from liquid_diffusion.hardware import fastest_dtype
 from liquid_diffusion.patience import patiently
 

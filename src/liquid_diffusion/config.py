@@ -5,14 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from liquid_diffusion.errors import UserError
+
 SOLVERS = ("unipc", "euler", "heun", "dpm++")
 SOLVER = "unipc"  # where nothing is said: nearer to converged at 25 steps than Euler, for the same 25 evaluations
 MOST_SOLVER_STEPS = 900  # diffusers' multistep schedulers have whole timesteps, from 999 on none for each
 GUIDANCE = 2.0  # of grids and samples where nothing is said
-
-
-class UserError(ValueError):
-    """Something a person did or can mend; the message is one sentence that says what to do."""
 
 
 @dataclass(frozen=True)

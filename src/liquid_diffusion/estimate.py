@@ -18,7 +18,8 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils.weak import WeakIdKeyDictionary
 from tqdm import tqdm
 
-from liquid_diffusion.config import EncodeConfig, EstimateConfig, RunConfig, UserError
+from liquid_diffusion.config import EncodeConfig, EstimateConfig, RunConfig
+from liquid_diffusion.errors import UserError
 from liquid_diffusion.flow import flow_loss
 from liquid_diffusion.models.unet import LiquidUNet
 from liquid_diffusion.presets import FACTORS

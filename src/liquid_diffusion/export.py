@@ -12,7 +12,8 @@ from diffusers.utils.logging import disable_progress_bar
 from torch import Tensor, nn
 from torch.export import Dim
 
-from liquid_diffusion.config import ExportConfig, UserError
+from liquid_diffusion.config import ExportConfig
+from liquid_diffusion.errors import UserError
 from liquid_diffusion.loading import load_pipeline
 from liquid_diffusion.models.unet import LiquidUNet
 from liquid_diffusion.pipeline import LiquidDiffusionPipeline

@@ -11,8 +11,9 @@ from diffusers.utils.logging import disable_progress_bar
 from PIL import Image
 from torch import Tensor
 
-from liquid_diffusion.config import SampleConfig, UserError
+from liquid_diffusion.config import SampleConfig
 from liquid_diffusion.data.transforms import to_pil
+from liquid_diffusion.errors import UserError
 from liquid_diffusion.evaluation.memorisation import draw_pairs
 from liquid_diffusion.evaluation.nearest import nearest_pictures
 from liquid_diffusion.evaluation.reference import pictures_of_run

@@ -11,7 +11,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
-from liquid_diffusion.config import UserError
+from liquid_diffusion.errors import UserError
 
 # glibc's <malloc.h>: memory of at least this size comes from its own mapping; the heap's end is given back from this on
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3

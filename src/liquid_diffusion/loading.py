@@ -9,7 +9,7 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from torch import nn
 
-from liquid_diffusion.config import UserError
+from liquid_diffusion.errors import UserError
 from liquid_diffusion.model_index import INDEX
 from liquid_diffusion.patience import patiently
 from liquid_diffusion.pipeline import LiquidDiffusionPipeline

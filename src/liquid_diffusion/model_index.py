@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from liquid_diffusion.config import UserError
+from liquid_diffusion.errors import UserError
 
 INDEX = "model_index.json"
 MODEL_FILE = "modeling_liquid_unet"

@@ -8,7 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from liquid_diffusion.config import TrainConfig, UserError
+from liquid_diffusion.config import TrainConfig
+from liquid_diffusion.errors import UserError
 from liquid_diffusion.history import grids, loss_curve
 from liquid_diffusion.training.trainer import Trainer
 

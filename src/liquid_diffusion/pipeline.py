@@ -25,8 +25,9 @@ from torch import Tensor
 
 from liquid_diffusion.codecs import AutoencoderCodec, Codec, PixelCodec
 from liquid_diffusion.compile import compile_for_sampling
-from liquid_diffusion.config import GUIDANCE, UserError
+from liquid_diffusion.config import GUIDANCE
 from liquid_diffusion.data.transforms import to_pil
+from liquid_diffusion.errors import UserError
 from liquid_diffusion.model_index import INDEX, complete, with_own_classes
 from liquid_diffusion.sampling import (
     SampleStep,

@@ -8,7 +8,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from liquid_diffusion.config import EncodeConfig, RunConfig, TrainConfig, UNetConfig, UserError
+from liquid_diffusion.config import EncodeConfig, RunConfig, TrainConfig, UNetConfig
+from liquid_diffusion.errors import UserError
 
 FACTORS = {"pixels": 2, "sd-vae": 8}  # pixels a side for one latent, of the codecs known by name before they are made
 _STEPS_TO_COMPILE_FOR = 1000  # nano saved 60 ms in each on two cores, where compiling took 45 s

@@ -12,7 +12,7 @@ from httpx2 import HTTPError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-from liquid_diffusion.config import UserError
+from liquid_diffusion.errors import UserError
 from liquid_diffusion.loading import find_run, load_pipeline
 from liquid_diffusion.model_card import GRID, latest_grid, model_card
 from liquid_diffusion.pipeline import LiquidDiffusionPipeline

@@ -21,7 +21,8 @@ from diffusers import (
 )
 from torch import Tensor
 
-from liquid_diffusion.config import SOLVER, SOLVERS, UserError
+from liquid_diffusion.config import SOLVER, SOLVERS
+from liquid_diffusion.errors import UserError
 from liquid_diffusion.flow import predicted_data
 
 Velocity = Callable[[Tensor, Tensor], Tensor]

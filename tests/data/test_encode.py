@@ -18,9 +18,10 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 from liquid_diffusion.codecs import AutoencoderCodec, PixelCodec, make_codec
-from liquid_diffusion.config import EncodeConfig, UserError
+from liquid_diffusion.config import EncodeConfig
 from liquid_diffusion.data import encode as module
 from liquid_diffusion.data.encode import Encoding, encode
+from liquid_diffusion.errors import UserError
 from liquid_diffusion.hardware import process_state
 
 

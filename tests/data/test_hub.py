@@ -13,10 +13,10 @@ from datasets import Image as ImageFeature
 from hub_sets import build, encoded, number_of, picture, write_parquet
 from little_hub import LittleHub
 
-from liquid_diffusion.config import UserError
 from liquid_diffusion.data.registry import DATASETS, DatasetFacts, describe, find_facts
 from liquid_diffusion.data.sources import BadPictureError, Source, open_source
 from liquid_diffusion.data.split import split
+from liquid_diffusion.errors import UserError
 
 ON_HUB = [facts for facts in DATASETS if facts.hub_id]
 Capture = pytest.CaptureFixture[str]

@@ -13,13 +13,14 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from scipy import stats
 
 from liquid_diffusion.codecs import AutoencoderCodec, PixelCodec, make_codec
-from liquid_diffusion.config import EncodeConfig, RunConfig, TrainConfig, UserError
+from liquid_diffusion.config import EncodeConfig, RunConfig, TrainConfig
 from liquid_diffusion.data import encode as encoding
 from liquid_diffusion.data.encode import encode
 from liquid_diffusion.data.latents import LatentDataset
 from liquid_diffusion.data.pictures import PictureDataset
 from liquid_diffusion.data.sources import open_source
 from liquid_diffusion.data.transforms import to_float
+from liquid_diffusion.errors import UserError
 from liquid_diffusion.presets import resolve
 
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from liquid_diffusion.config import UserError
 from liquid_diffusion.data import pictures
 from liquid_diffusion.data.pictures import BucketedBatches, PictureDataset, ShuffledBatches, collate
 from liquid_diffusion.data.sources import open_source
+from liquid_diffusion.errors import UserError
 
 
 def take(batches: ShuffledBatches | BucketedBatches, count: int) -> list[list[tuple[int, int]]]:

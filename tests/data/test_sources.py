@@ -15,10 +15,10 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image, ImageFile
 
-from liquid_diffusion.config import UserError
 from liquid_diffusion.data.registry import DATASETS
 from liquid_diffusion.data.sources import BadPictureError, EmojiSource, FolderSource, decode, open_shards, open_source
 from liquid_diffusion.data.transforms import to_shape
+from liquid_diffusion.errors import UserError
 
 
 def test_emoji() -> None:

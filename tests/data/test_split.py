@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from liquid_diffusion.config import UserError
 from liquid_diffusion.data.sources import EmojiSource, open_source
 from liquid_diffusion.data.split import is_held_out, split
+from liquid_diffusion.errors import UserError
 
 
 def test_share_and_sides() -> None:

@@ -24,13 +24,13 @@ from huggingface_hub import constants
 from little_hub import LittleHub
 from PIL import Image
 
-from liquid_diffusion.config import UserError
 from liquid_diffusion.data import ranged, stream
 from liquid_diffusion.data.ranged import SourceLostError
 from liquid_diffusion.data.registry import DATASETS, DatasetFacts
 from liquid_diffusion.data.sources import BadPictureError, open_shards, open_source
 from liquid_diffusion.data.split import is_held_out, split
 from liquid_diffusion.data.stream import LANES, PictureStream
+from liquid_diffusion.errors import UserError
 
 # of a machine with one core, on which a test of two workers is as good as elsewhere
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")

@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 from scipy.spatial import geometric_slerp
 
-from liquid_diffusion.config import SampleConfig, UserError
+from liquid_diffusion.config import SampleConfig
 from liquid_diffusion.demo.drawing import check, draw, morph, most_pictures, path, slerp
 from liquid_diffusion.demo.serve import Demo
+from liquid_diffusion.errors import UserError
 from liquid_diffusion.generate import draw_pictures
 from liquid_diffusion.pipeline import LiquidDiffusionPipeline
 

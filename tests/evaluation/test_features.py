@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import Dinov2Config, Dinov2Model
 
-from liquid_diffusion.config import UserError
 from liquid_diffusion.data.transforms import to_shape, to_uint8
+from liquid_diffusion.errors import UserError
 from liquid_diffusion.evaluation.features import FeatureExtractor, Lite0Features, extract, make_features
 
 CPU = torch.device("cpu")
@@ -94,7 +94,7 @@ import sys
 for name in ("efficientnet_lite_pytorch", "transformers", "torchmetrics"):
     sys.modules[name] = None
 import torch
-from liquid_diffusion.config import UserError
+from liquid_diffusion.errors import UserError
 from liquid_diffusion.evaluation.features import make_features
 from liquid_diffusion.evaluation.metrics import kernel_distance
 for call in (

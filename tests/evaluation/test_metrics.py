@@ -11,7 +11,7 @@ from scipy.linalg import sqrtm
 from torch import Tensor
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from liquid_diffusion.config import UserError
+from liquid_diffusion.errors import UserError
 from liquid_diffusion.evaluation.metrics import (
     LinearClassifier,
     _GivenFeatures,

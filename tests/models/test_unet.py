@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from liquid_diffusion.config import UserError
+from liquid_diffusion.errors import UserError
 from liquid_diffusion.models.liquid import LiquidBlock, ParallelCfC
 from liquid_diffusion.models.unet import LiquidUNet
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from liquid_diffusion.config import UserError
+from liquid_diffusion.errors import UserError
 from liquid_diffusion.training.checkpoint import CheckpointFolder
 
 

@@ -18,10 +18,11 @@ from huggingface_hub import constants
 from little_hub import LittleHub
 
 from liquid_diffusion.cli import main
-from liquid_diffusion.config import TrainConfig, UserError
+from liquid_diffusion.config import TrainConfig
 from liquid_diffusion.data import ranged, stream
 from liquid_diffusion.data.registry import DATASETS, DatasetFacts
 from liquid_diffusion.data.stream import PictureStream
+from liquid_diffusion.errors import UserError
 from liquid_diffusion.training.trainer import Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")

@@ -15,10 +15,11 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from liquid_diffusion.codecs import AutoencoderCodec
-from liquid_diffusion.config import EncodeConfig, TrainConfig, UserError
+from liquid_diffusion.config import EncodeConfig, TrainConfig
 from liquid_diffusion.data import pictures
 from liquid_diffusion.data.encode import encode
 from liquid_diffusion.data.latents import LatentDataset
+from liquid_diffusion.errors import UserError
 from liquid_diffusion.grid import draw_grid
 from liquid_diffusion.loading import load_pipeline
 from liquid_diffusion.models.unet import LiquidUNet

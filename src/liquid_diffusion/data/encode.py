@@ -30,12 +30,13 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from liquid_diffusion.codecs import AutoencoderCodec, Codec, make_codec
-from liquid_diffusion.config import EncodeConfig, RunConfig, TrainConfig, UserError
+from liquid_diffusion.config import EncodeConfig, RunConfig, TrainConfig
 from liquid_diffusion.data.pictures import choose_shapes
 from liquid_diffusion.data.shapes import bucket_shapes
 from liquid_diffusion.data.sources import BadPictureError, Source, open_source, same_place
 from liquid_diffusion.data.split import split
 from liquid_diffusion.data.transforms import Shape, to_float, to_shape, to_uint8
+from liquid_diffusion.errors import UserError
 from liquid_diffusion.hardware import at_most_cores, process_state
 from liquid_diffusion.presets import check_size, resolve_encoding
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from liquid_diffusion.codecs import Codec
-from liquid_diffusion.config import RunConfig, UserError
+from liquid_diffusion.config import RunConfig
 from liquid_diffusion.data.encode import Encoding, encoding_of, is_whole
 from liquid_diffusion.data.latents import LatentDataset
 from liquid_diffusion.data.pictures import BucketedBatches, PictureDataset, collate
@@ -17,6 +17,7 @@ from liquid_diffusion.data.shapes import bucket_shapes
 from liquid_diffusion.data.sources import open_shards, open_source
 from liquid_diffusion.data.split import split
 from liquid_diffusion.data.stream import PictureStream
+from liquid_diffusion.errors import UserError
 from liquid_diffusion.hardware import at_most_cores, process_state
 
 Feed = PictureDataset | LatentDataset | PictureStream

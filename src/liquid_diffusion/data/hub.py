@@ -18,8 +18,8 @@ from httpx2 import HTTPError
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
-from liquid_diffusion.config import UserError
 from liquid_diffusion.data.registry import find_facts
+from liquid_diffusion.errors import UserError, first_line
 from liquid_diffusion.hardware import process_state
 from liquid_diffusion.patience import patiently
 
@@ -160,18 +160,13 @@ def _in_words(data: str) -> Iterator[None]:
     except (DatasetGenerationError, pa.ArrowException) as error:
         cause = error.__cause__ or error
         if isinstance(cause, HfHubHTTPError | HTTPError | ConnectionError):
-            raise UserError(f"The Hub can't be reached for {data!r} any more: {_first_line(cause)}") from error
-        raise UserError(f"The files of {data!r} are damaged: {_first_line(cause)}") from error
+            raise UserError(f"The Hub can't be reached for {data!r} any more: {first_line(cause)}") from error
+        raise UserError(f"The files of {data!r} are damaged: {first_line(cause)}") from error
     except (ValueError, RuntimeError) as error:  # no such id, no train split, or a set that wants to run its own code
-        raise UserError(f"The data set {data!r} can't be opened: {_first_line(error)}") from error
+        raise UserError(f"The data set {data!r} can't be opened: {first_line(error)}") from error
     except (OSError, HTTPError) as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         why = "" if reason.startswith("Couldn't reach") else f" ({reason})"  # which would be said twice
         raise UserError(
             f"The Hub can't be reached for {data!r}{why}; check the network, or train on a folder."
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

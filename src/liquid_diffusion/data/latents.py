@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from liquid_diffusion.codecs import AutoencoderCodec, Codec
-from liquid_diffusion.config import RunConfig, UserError
+from liquid_diffusion.config import RunConfig
 from liquid_diffusion.data.encode import PIXELS_NEED_NO_CACHE, read_manifest, settings
 from liquid_diffusion.data.pictures import IN_MEMORY_BYTES, Item, is_mirrored
 from liquid_diffusion.data.sources import same_place
 from liquid_diffusion.data.transforms import Shape
+from liquid_diffusion.errors import UserError
 
 
 class LatentDataset(Dataset[Item]):

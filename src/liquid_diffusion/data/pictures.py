@@ -14,10 +14,10 @@ from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
 from liquid_diffusion.codecs import Codec
-from liquid_diffusion.config import UserError
 from liquid_diffusion.data.shapes import nearest_shape, size_of
 from liquid_diffusion.data.sources import BadPictureError, Source
 from liquid_diffusion.data.transforms import Shape, to_float, to_shape, to_uint8
+from liquid_diffusion.errors import UserError
 
 # A set whose sized pictures take less memory than this is decoded once, before training.
 IN_MEMORY_BYTES = 512 * 2**20

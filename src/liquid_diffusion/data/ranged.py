@@ -12,7 +12,7 @@ from fsspec.core import url_to_fs
 from httpx2 import HTTPError
 from huggingface_hub.errors import HfHubHTTPError
 
-from liquid_diffusion.config import UserError
+from liquid_diffusion.errors import UserError, first_line
 
 # Seconds between attempts, after those of huggingface_hub: five within half a minute, which heed Retry-After.
 _PAUSES = (15.0, 60.0, 180.0)
@@ -85,9 +85,8 @@ class RangedFile(io.RawIOBase):
                 pause = next(pauses, None)
                 final = isinstance(error, FileNotFoundError | IsADirectoryError | PermissionError)
                 if pause is None or status in _FINAL or final:
-                    reason = str(error).strip().splitlines() or [type(error).__name__]
                     raise SourceLostError(
-                        f"{short_address(self.address)} can't be read any more ({reason[0]}); "
+                        f"{short_address(self.address)} can't be read any more ({first_line(error)}); "
                         "the same command goes on when it is there again."
                     ) from error
                 time.sleep(pause)

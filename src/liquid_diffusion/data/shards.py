@@ -14,10 +14,10 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from liquid_diffusion.config import UserError
 from liquid_diffusion.data.ranged import RangedFile, SourceLostError, short_address
 from liquid_diffusion.data.sources import BadPictureError, classes_of
 from liquid_diffusion.data.tables import Columns
+from liquid_diffusion.errors import UserError
 
 FILES_OF_A_CHUNK = 128  # where pictures are files
 

@@ -7,8 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from liquid_diffusion.config import ShowConfig, TrainConfig, UserError
+from liquid_diffusion.config import ShowConfig, TrainConfig
 from liquid_diffusion.data.registry import describe, find_facts
+from liquid_diffusion.errors import UserError
 from liquid_diffusion.presets import FACTORS, check_size, resolve
 
 if TYPE_CHECKING:  # the table of data sets comes at once

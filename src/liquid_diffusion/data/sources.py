@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Protocol
 import pi_heif
 from PIL import Image, UnidentifiedImageError
 
-from liquid_diffusion.config import UserError
 from liquid_diffusion.data.registry import DatasetFacts, find_facts
 from liquid_diffusion.data.transforms import Shape, to_rgb
+from liquid_diffusion.errors import UserError
 
 if TYPE_CHECKING:
     from liquid_diffusion.data.shards import Shards

@@ -6,8 +6,8 @@ import hashlib
 
 from tqdm import tqdm
 
-from liquid_diffusion.config import UserError
 from liquid_diffusion.data.sources import BadPictureError, Source
+from liquid_diffusion.errors import UserError
 
 
 def is_held_out(content: bytes, fraction: float) -> bool:

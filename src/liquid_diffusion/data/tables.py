@@ -9,9 +9,9 @@ from typing import Any
 import fsspec
 from PIL import Image
 
-from liquid_diffusion.config import UserError
 from liquid_diffusion.data.sources import BadPictureError, decode
 from liquid_diffusion.data.transforms import Shape
+from liquid_diffusion.errors import UserError
 
 
 class Columns:

@@ -11,11 +11,11 @@ from pathlib import PurePosixPath
 
 from PIL import Image
 
-from liquid_diffusion.config import UserError
 from liquid_diffusion.data.ranged import RangedFile, short_address
 from liquid_diffusion.data.shards import FILES_OF_A_CHUNK, Chunk, Rows
 from liquid_diffusion.data.sources import BadPictureError, classes_of, decode, is_picture
 from liquid_diffusion.data.transforms import Shape
+from liquid_diffusion.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from liquid_diffusion.config import SampleConfig, UserError
+from liquid_diffusion.config import SampleConfig
 from liquid_diffusion.data.transforms import to_pil
+from liquid_diffusion.errors import UserError
 from liquid_diffusion.pipeline import LiquidDiffusionPipeline
 from liquid_diffusion.sampling import make_scheduler, seeded_generators
 

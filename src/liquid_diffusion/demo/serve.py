@@ -18,8 +18,9 @@ import yaml
 from diffusers.utils.logging import disable_progress_bar
 from PIL import Image
 
-from liquid_diffusion.config import GUIDANCE, SOLVERS, DemoConfig, SampleConfig, UserError
+from liquid_diffusion.config import GUIDANCE, SOLVERS, DemoConfig, SampleConfig
 from liquid_diffusion.demo import drawing, page
+from liquid_diffusion.errors import UserError
 from liquid_diffusion.hardware import keep_freed_memory, process_state
 from liquid_diffusion.history import grids, loss_curve
 from liquid_diffusion.loading import find_run, load_pipeline

@@ -13,10 +13,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from liquid_diffusion.config import EvaluateConfig, UserError
+from liquid_diffusion.config import EvaluateConfig
 from liquid_diffusion.data.pictures import PictureDataset
 from liquid_diffusion.data.sources import open_source
 from liquid_diffusion.data.transforms import Shape, to_float, to_uint8
+from liquid_diffusion.errors import UserError
 from liquid_diffusion.evaluation.features import extract, make_features
 from liquid_diffusion.evaluation.memorisation import WORST_PAIRS, Nearness, draw_pairs
 from liquid_diffusion.evaluation.metrics import LEAST_PICTURES, LinearClassifier, compare, nearest_rows

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from liquid_diffusion.config import UserError
+from liquid_diffusion.errors import UserError, first_line
 
 # of Stein et al. (arXiv 2306.04675), so that figures can be held against published ones
 _DINOV2 = "facebook/dinov2-large"
@@ -86,11 +86,11 @@ class InceptionFeatures(FeatureExtractor):
         except (ImportError, RuntimeError) as error:  # a torchvision of another build than torch is a RuntimeError
             raise UserError(
                 "The features inception need torch-fidelity and a torchvision that fits the installed torch: "
-                f"pip install 'liquid-diffusion[inception]' ({_first_line(error)})."
+                f"pip install 'liquid-diffusion[inception]' ({first_line(error)})."
             ) from error
         except OSError as error:
             raise UserError(
-                f"The weights of Inception can't be downloaded ({_first_line(error)}); take --features lite0."
+                f"The weights of Inception can't be downloaded ({first_line(error)}); take --features lite0."
             ) from error
 
     def forward(self, pictures: Tensor) -> Tensor:
@@ -117,17 +117,13 @@ class DinoV2Features(FeatureExtractor):
             self.network = Dinov2Model.from_pretrained(source, dtype=torch.float32)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"The model {source!r} of the features dinov2 can't be loaded ({_first_line(error)}); check the "
+                f"The model {source!r} of the features dinov2 can't be loaded ({first_line(error)}); check the "
                 "network, or take --features lite0."
             ) from error
 
     def forward(self, pictures: Tensor) -> Tensor:
         mean, std = (255 * pictures.new_tensor(x, dtype=torch.float32)[:, None, None] for x in (_MEAN, _STD))
         return self.network(pixel_values=(self._resize(pictures) - mean) / std).pooler_output
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def make_features(name: str, device: torch.device) -> FeatureExtractor:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from liquid_diffusion.config import UserError
+from liquid_diffusion.errors import UserError, first_line
 
 _ROWS = 1024  # of a matrix of distances computed at once
 LEAST_PICTURES = 4  # pictures that a distance can be told from
@@ -41,7 +41,7 @@ def _torchmetrics(metric: str) -> ModuleType:
         raise UserError(f"An evaluation needs an extra: pip install 'liquid-diffusion[eval]' ({error}).") from error
     except RuntimeError as error:
         raise UserError(
-            f"torchmetrics can't be imported ({str(error).splitlines()[0]}): install a torchvision that fits torch, or "
+            f"torchmetrics can't be imported ({first_line(error)}): install a torchvision that fits torch, or "
             "uninstall torch-fidelity."
         ) from error
 

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from liquid_diffusion.config import UserError
 from liquid_diffusion.data.pictures import PictureDataset
 from liquid_diffusion.data.sources import open_source
 from liquid_diffusion.data.split import split
+from liquid_diffusion.errors import UserError
 from liquid_diffusion.evaluation.features import FeatureExtractor, extract
 
 _BLOCK = 256  # pictures whose features lie in one file

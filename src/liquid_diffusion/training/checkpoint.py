@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from liquid_diffusion.config import UserError
+from liquid_diffusion.errors import UserError
 
 _MANIFEST = "manifest.json"
 

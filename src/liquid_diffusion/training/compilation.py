@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
+from liquid_diffusion.errors import first_line
 from liquid_diffusion.models.unet import LiquidUNet
 
 
@@ -27,5 +28,5 @@ def compile_blocks(model: LiquidUNet, try_step: Callable[[], None]) -> str | Non
     except TorchDynamoException as error:
         for module in model.modules():
             module._compiled_call_impl = None
-        return str(error).strip().splitlines()[0]
+        return first_line(error)
     return None

@@ -8,8 +8,9 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from liquid_diffusion.config import RunConfig, TrainConfig, UserError
+from liquid_diffusion.config import RunConfig, TrainConfig
 from liquid_diffusion.data.sources import same_place
+from liquid_diffusion.errors import UserError
 
 # What a run that goes on may change; all else would make it another run. The precision that `auto` stands for is one of
 # the machine's facts: saying it is how a run begun in fp16 goes on where bf16 would be chosen.

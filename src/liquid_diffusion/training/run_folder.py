@@ -14,7 +14,8 @@ import yaml
 from PIL import Image
 from tqdm import tqdm
 
-from liquid_diffusion.config import RunConfig, UserError
+from liquid_diffusion.config import RunConfig
+from liquid_diffusion.errors import UserError
 from liquid_diffusion.pipeline import LiquidDiffusionPipeline
 
 

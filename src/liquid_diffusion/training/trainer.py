@@ -23,10 +23,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from liquid_diffusion.codecs import AutoencoderCodec, make_codec
-from liquid_diffusion.config import GUIDANCE, TrainConfig, UserError
+from liquid_diffusion.config import GUIDANCE, TrainConfig
 from liquid_diffusion.data.feed import Feed, describe, open_batches, open_latents, open_pictures
 from liquid_diffusion.data.ranged import SourceLostError
 from liquid_diffusion.data.stream import PictureStream
+from liquid_diffusion.errors import UserError
 from liquid_diffusion.estimate import shortage_of_run
 from liquid_diffusion.flow import flow_loss, interpolate, sample_times, velocity
 from liquid_diffusion.grid import draw_grid
