@@ -102,7 +102,7 @@ def test_own_folder_in_classes(photos: Path, tmp_path: Path, capsys: Capture) ->
     assert run("train", *TINY, "--data", photos, "--val-fraction", "0", "--steps", "2", "--out", tmp_path / "run") == 0
     said = capsys.readouterr()
     assert "23 pictures in 2 classes" in said.out
-    assert "Skipped 1 pictures" in said.out + said.err
+    assert "Skipped 1 picture that" in said.out + said.err
     assert "01.png" in (tmp_path / "run" / "skipped.jsonl").read_text()
     assert run("sample", tmp_path / "run", "--label", "cat", "--n", "2", "--out", tmp_path / "cats.png") == 0
 
@@ -312,3 +312,10 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Signa
     go_on = said.strip().splitlines()[-1].split("or: liquid-diffusion ")[1].split()
     assert run(*go_on, "--steps", str(step + 1)) == 0
     assert (out / "checkpoints" / f"step-{step + 1:06d}").is_dir()
+
+
+def test_a_misspelt_option_names_a_command_that_exists(capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run("train", "--stepz", "5")
+    assert stop.value.code == 2
+    assert "liquid-diffusion train --help" in capsys.readouterr().err

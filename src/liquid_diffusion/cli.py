@@ -34,9 +34,10 @@ examples:
 
 
 def _train(arguments: dict[str, Any]) -> int:
+    config = TrainConfig(**arguments)  # before the import, which takes seconds: a mistake is told at once
     from liquid_diffusion.training.trainer import Trainer
 
-    trainer = Trainer(TrainConfig(**arguments))
+    trainer = Trainer(config)
     run, say = trainer.folder, trainer.accelerator.print  # of several processes the first one speaks
     if trainer.finished:
         say(f"{run.path} has reached its {trainer.step} steps; give more --steps to train on.")
@@ -122,6 +123,7 @@ def _parser() -> ArgumentParser:
         if name in ("datasets", "estimate", "evaluate"):
             command.add_argument("--json", action="store_true", help="machine-readable")
         commands.add_subcommand(name, command, help=text)
+        command.prog = f"liquid-diffusion {name}"  # else its mistakes name a command "liquid-diffusion COMMAND ..."
     return parser
 
 

@@ -240,7 +240,7 @@ class ShowConfig:
     """A grid of the pictures of a data set, as a model would be fed with them."""
 
     out: str = _option("grid.png", "the grid of `show`, a picture file")
-    image_size: int = _option(64, "side of the square pictures")
+    image_size: int | None = _option(None, "side of the square pictures; what train would take")
     crop: Literal["center", "random", "pad"] = _option("center", "as for train")
     buckets: bool = _option(False, "as for train; each picture is shown on a grey square")
     flip: bool | None = _option(None, "as for train")

@@ -88,4 +88,4 @@ def generate(run: str | None, config: SampleConfig) -> str:
                 picture.save(out / f"{seed:06d}.png")
     except OSError as error:
         raise UserError(f"{out} can't be written to: {error.strerror or error}.") from error
-    return f"{config.n} pictures: {out}. {words}".rstrip()
+    return f"{config.n} picture{'s' if config.n > 1 else ''}: {out}. {words}".rstrip()

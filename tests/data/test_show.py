@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from datasets import ClassLabel, Features
 from datasets import Image as ImageFeature
 from hub_sets import build, encoded, write_parquet
@@ -98,3 +99,9 @@ def test_mistakes(arguments: list[str], words: str, tmp_path: Path, capsys: Capt
         patch.chdir(tmp_path)
         assert main(["datasets", *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU trains on larger pictures")
+def test_pictures_are_as_large_as_train_would_take_them(tmp_path: Path, capsys: Capture) -> None:
+    assert main(["datasets", "show", "emoji", "--out", str(tmp_path / "emoji.png")]) == 0
+    assert "of 32 px" in capsys.readouterr().out

@@ -57,8 +57,9 @@ def show(source: str, config: ShowConfig) -> str:
     from liquid_diffusion.data.feed import open_batches, open_pictures
     from liquid_diffusion.data.transforms import to_float, to_pil
     from liquid_diffusion.grid import draw_grid
+    from liquid_diffusion.hardware import process_state
 
-    run = resolve(TrainConfig(**{**asdict(config), "data": source, "val_fraction": 0.0}), "cpu")
+    run = resolve(TrainConfig(**{**asdict(config), "data": source, "val_fraction": 0.0}), process_state().device.type)
     multiple = check_size(run.image_size, run.codec, FACTORS[run.codec]) if run.buckets else 1
     feed, held_out = open_pictures(run, multiple)
     rows: dict[int, list[Tensor]] = {}

@@ -181,14 +181,11 @@ def evaluate(run: str | None, config: EvaluateConfig, as_json: bool = False) -> 
         out.parent.mkdir(parents=True, exist_ok=True)
         fresh = not out.exists()
         out.open("a").close()  # to fail before the work and not after it
+        if fresh:
+            out.unlink()  # an empty file that is left behind would be taken for figures by the model card
     except OSError as error:
         raise UserError(f"{out} can't be written to: {error.strerror}.") from error
-    try:
-        facts, pairs = measure(run, config)
-    except BaseException:  # Ctrl-C is one
-        if fresh:
-            out.unlink()  # an empty file would be taken for figures by the model card
-        raise
+    facts, pairs = measure(run, config)
     if pairs is not None:
         facts["nearest_pairs"] = str(out.with_name(f"{out.stem}-nearest.png"))
         pairs.save(facts["nearest_pairs"])

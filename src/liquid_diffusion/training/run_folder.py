@@ -93,7 +93,8 @@ class RunFolder:
             for name, _, reason in (message.partition(": ") for message in new):
                 file.write(json.dumps({"picture": name, "reason": reason}) + "\n")
         warning = " That is more than 5 %: look at your data." if len(self._skipped) > 0.05 * pictures else ""
-        tqdm.write(f"Skipped {len(self._skipped)} pictures that can't be read, e.g. {new[0]}.{warning}")
+        count = len(self._skipped)
+        tqdm.write(f"Skipped {count} picture{'s' if count > 1 else ''} that can't be read, e.g. {new[0]}.{warning}")
 
     def save_samples(self, sheet: Image.Image, step: int) -> Path:
         """RUN/samples/step-000500.png."""
