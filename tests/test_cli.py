@@ -54,9 +54,11 @@ def test_the_saved_configuration_goes_on(trained: Path, tmp_path: Path, capsys: 
     assert (tmp_path / "again" / "samples" / "step-000001.png").is_file()
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun", "unipc", "dpm++"])
-def test_sample_a_grid(trained: Path, tmp_path: Path, solver: str, capsys: Capture) -> None:
-    out = tmp_path / "new" / "grid.png"
+@pytest.mark.parametrize(
+    ("solver", "name"), [("euler", "grid.png"), ("heun", "grid.JPG"), ("unipc", "grid.webp"), ("dpm++", "grid.png")]
+)
+def test_sample_a_grid(trained: Path, tmp_path: Path, solver: str, name: str, capsys: Capture) -> None:
+    out = tmp_path / "new" / name
     assert run("sample", trained, "--n", "4", "--steps", "3", "--solver", solver, "--out", out) == 0
     assert str(out) in capsys.readouterr().out
     with Image.open(out) as grid:
@@ -93,6 +95,7 @@ def test_nearest_training_pictures(trained: Path, tmp_path: Path, capsys: Captur
     out = tmp_path / "nearest.png"
     assert run("sample", trained, "--n", "9", "--steps", "2", "--nearest", "true", "--out", out) == 0
     assert "nearest training picture" in capsys.readouterr().out
+    assert run("sample", trained, "--n", "1", "--steps", "1", "--nearest", "true", "--out", tmp_path / "one.jpg") == 0
     with Image.open(out) as sheet:
         assert sheet.height == 4 * 66 + 6  # 9 samples in two rows, each over its row of nearest pictures
 

@@ -184,7 +184,7 @@ class SampleConfig:
     batch_size: int = _option(64, "pictures computed at once; it does not change them")
     height: int | None = _option(None, "in pixels (default: as it was trained)")
     width: int | None = _option(None, "in pixels (default: as it was trained)")
-    out: str = _option("samples.png", "a .png is one grid, anything else a folder of single pictures")
+    out: str = _option("samples.png", "a name that ends in .png, .jpg or .webp is one grid, anything else a folder")
     nearest: bool = _option(False, "put the nearest training picture beside each sample, so that a copy is seen")
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from liquid_diffusion.config import SampleConfig
+from liquid_diffusion.data.pictures import PictureDataset
 from liquid_diffusion.data.transforms import to_pil
 from liquid_diffusion.errors import UserError
 from liquid_diffusion.evaluation.memorisation import draw_pairs
@@ -22,6 +23,8 @@ from liquid_diffusion.hardware import keep_freed_memory, process_state
 from liquid_diffusion.loading import find_run, load_pipeline
 from liquid_diffusion.pipeline import LiquidDiffusionPipeline, draw_in_batches
 from liquid_diffusion.sampling import make_scheduler
+
+_GRID_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")  # of --out; all else is a folder
 
 
 def draw_pictures(pipeline: LiquidDiffusionPipeline, config: SampleConfig) -> Iterator[Tensor]:
@@ -42,12 +45,17 @@ def draw_pictures(pipeline: LiquidDiffusionPipeline, config: SampleConfig) -> It
     return (2 * images.cpu() - 1 for images in batches)
 
 
-def _beside_nearest(pictures: Tensor, run: str) -> tuple[Image.Image, str]:
-    """Rows of samples, each over the row of their nearest training pictures, and the distances in words."""
-    known = pictures_of_run(run, *pictures.shape[-2:])
+def _training_pictures(run: str, pipeline: LiquidDiffusionPipeline, config: SampleConfig) -> PictureDataset:
+    height, width = pipeline.usual_shape
+    known = pictures_of_run(run, config.height or height, config.width or width)
     if known is None:
         raise UserError(f"{run} does not say what it was trained on: the nearest pictures need a run folder.")
-    nearest, distances = nearest_pictures(pictures, known.train)
+    return known.train
+
+
+def _beside_nearest(pictures: Tensor, trained: PictureDataset) -> tuple[Image.Image, str]:
+    """Rows of samples, each over the row of their nearest training pictures, and the distances in words."""
+    nearest, distances = nearest_pictures(pictures, trained)
     words = (
         f"Root mean square distance to the nearest training picture (of pixels in [-1, 1]): "
         f"median {distances.median():.3f}, least {distances.min():.3f}."
@@ -62,7 +70,7 @@ def generate(run: str | None, config: SampleConfig) -> str:
         UserError: the run, the class or the place is wrong.
     """
     out = Path(config.out)
-    grid = out.suffix.lower() == ".png"
+    grid = out.suffix.lower() in _GRID_ENDINGS
     if config.nearest and not grid:
         raise UserError(f"The nearest pictures come as one grid: give --out a name that ends in .png, not {out}.")
     try:
@@ -73,10 +81,11 @@ def generate(run: str | None, config: SampleConfig) -> str:
     keep_freed_memory()
     pipeline = load_pipeline(run).to(process_state().device)
     pipeline.set_progress_bar_config(desc="Sampling", leave=False)
+    trained = _training_pictures(find_run(run), pipeline, config) if config.nearest else None  # before it draws
     batches = draw_pictures(pipeline, config)
     words = ""
-    if config.nearest:
-        sheet, words = _beside_nearest(torch.cat(list(batches)), find_run(run))
+    if trained is not None:
+        sheet, words = _beside_nearest(torch.cat(list(batches)), trained)
     elif grid:
         sheet = draw_grid(to_pil(torch.cat(list(batches))), columns=max(1, round(config.n**0.5)))
     try:

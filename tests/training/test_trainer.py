@@ -310,12 +310,14 @@ def test_data_that_changed_is_not_gone_on_with(quick: Make, photos: Path) -> Non
 def test_a_folder_that_was_moved_is_gone_on_with(
     quick: Make, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With all that lies around it; said from another folder too; but not with another one of the same name."""
+    """With all that lies around it, or under another name; but not where a class of it is gone."""
     Trainer(quick(data=str(photos))).save()
     (tmp_path / "elsewhere").mkdir()
     moved = photos.rename(tmp_path / "elsewhere" / photos.name)
     monkeypatch.chdir(tmp_path)
     Trainer(quick(data=f"elsewhere/{photos.name}/"))
+    moved = moved.rename(tmp_path / "renamed")
+    Trainer(quick(data="renamed"))
     shutil.rmtree(moved / "dog")
     with pytest.raises(UserError, match="has changed since"):
         Trainer(quick(data=str(moved)))

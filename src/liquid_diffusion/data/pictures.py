@@ -140,7 +140,7 @@ class PictureDataset(PictureFeed, Dataset[Item]):
     def _decode_all(self) -> None:
         decoded, good = [], []
         chosen = zip(self.indices, self._shape_of, strict=True)
-        for index, shape in tqdm(chosen, "Reading pictures", len(self), unit="", leave=False, delay=2):
+        for index, shape in tqdm(chosen, "Reading pictures", len(self), unit="picture", leave=False, delay=2):
             try:
                 decoded.append(self._read(index, shape))
                 good.append((index, shape))
@@ -194,7 +194,7 @@ def choose_shapes(
         (number in the source, number of the shape) of each picture whose header can be read; the names of the others.
     """
     good, skipped = [], []
-    for index in tqdm(indices, desc="Reading sizes", unit="", leave=False, delay=2):
+    for index in tqdm(indices, desc="Reading sizes", unit="picture", leave=False, delay=2):
         try:
             good.append((index, nearest_shape(size_of(source.content(index)), shapes)))
         except BadPictureError as error:

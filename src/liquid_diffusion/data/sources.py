@@ -214,9 +214,10 @@ def open_source(data: str, image_column: str | None = None, label_column: str | 
 
 
 def same_place(before: str, now: str) -> bool:
-    """Whether two values of --data can mean the same pictures: they are equal, or one folder moved elsewhere."""
+    """Whether two values of --data can mean the same pictures: they are equal, or a folder that is gone from
+    where it was; how many pictures and which classes it has is looked at besides."""
     then, here = Path(before), Path(now)
-    moved = then.is_absolute() and here.is_absolute() and then.name == here.name and not then.exists()
+    moved = then.is_absolute() and here.is_absolute() and not then.exists()
     return before == now or moved
 
 

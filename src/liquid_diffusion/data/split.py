@@ -35,7 +35,7 @@ def split(source: Source, fraction: float) -> tuple[list[int], list[int]]:
         return list(range(len(source))), []
     train: list[int] = []
     held_out: list[int] = []
-    for index in tqdm(range(len(source)), desc="Splitting", unit="", leave=False, delay=2):
+    for index in tqdm(range(len(source)), desc="Splitting", unit="picture", leave=False, delay=2):
         try:
             content = source.content(index)
         except BadPictureError:

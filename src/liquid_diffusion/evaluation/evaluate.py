@@ -49,7 +49,7 @@ def draw_samples(pipeline: LiquidDiffusionPipeline, labels: Tensor | None, confi
     classes = None if labels is None else labels.tolist()
     how = {"num_inference_steps": config.steps, "guidance_scale": config.guidance}
     pictures: list[Tensor] = []
-    with tqdm(total=config.n, desc="Sampling", unit="", leave=False) as bar:
+    with tqdm(total=config.n, desc="Sampling", unit="picture", leave=False) as bar:
         for images in draw_in_batches(pipeline, classes, config.n, config.batch_size, config.seed, **how):
             pictures += [to_uint8(image) for image in images]
             bar.update(len(images))
@@ -146,7 +146,7 @@ def measure(run: str | None, config: EvaluateConfig) -> tuple[dict[str, Any], Im
         same = reference.label_names == names
         labels = spread_labels(labels_of(reference) if same else torch.arange(len(names)), config.n, config.seed)
     samples = draw_samples(pipeline, labels, config)
-    batches = tqdm(samples.split(32), desc="Features of samples", unit="", leave=False, delay=2)
+    batches = tqdm(samples.split(32), desc="Features of samples", unit="batch", leave=False, delay=2)
     features = extract(extractor, batches, device)
     real = cached.of(reference)
     facts: dict[str, Any] = {

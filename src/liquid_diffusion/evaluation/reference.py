@@ -47,7 +47,10 @@ def pictures_of_run(run: str | Path, height: int, width: int) -> RunPictures | N
         data, flip, seed, val_fraction = (config[name] for name in ("data", "flip", "seed", "val_fraction"))
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise UserError(f"{settings} does not say what the run was trained on: it is damaged ({error}).") from error
-    source = open_source(data, config.get("image_column"), config.get("label_column"))
+    try:
+        source = open_source(data, config.get("image_column"), config.get("label_column"))
+    except UserError as error:
+        raise UserError(f"{error} If the pictures were moved, say where they are in {settings}.") from error
     crop = "pad" if config.get("crop") == "pad" else "center"  # random crops have no one picture to be held against
     chosen, held_out = split(source, val_fraction)
 
@@ -87,7 +90,7 @@ class CachedFeatures:
     def of(self, dataset: PictureDataset, mirrored: bool = False) -> Tensor:
         """Features (N, D) of the pictures of a set, or of their mirror images."""
         blocks = []
-        bar = tqdm(total=len(dataset), desc="Features of real pictures", unit="", leave=False, delay=2)
+        bar = tqdm(total=len(dataset), desc="Features of real pictures", unit="picture", leave=False, delay=2)
         with bar:
             for pictures in _blocks(dataset):
                 blocks.append(self._of_block(pictures.flip(-1) if mirrored else pictures))

@@ -34,7 +34,7 @@ from liquid_diffusion.grid import draw_grid
 from liquid_diffusion.hardware import choose_precision, free_memory, keep_freed_memory, process_state
 from liquid_diffusion.models.unet import LiquidUNet
 from liquid_diffusion.pipeline import LiquidDiffusionPipeline, draw_in_batches
-from liquid_diffusion.presets import check_size, resolve
+from liquid_diffusion.presets import FACTORS, check_size, resolve
 from liquid_diffusion.publish import prepare, publish
 from liquid_diffusion.sampling import make_scheduler
 from liquid_diffusion.training.checkpoint import CheckpointFolder
@@ -85,6 +85,8 @@ class Trainer:
         if device.type == "cpu":
             keep_freed_memory()
 
+        if run.codec in FACTORS:  # before an autoencoder is loaded, which may have to be downloaded
+            check_size(run.image_size, run.codec, FACTORS[run.codec])
         self.codec = make_codec(run.codec)
         multiple = check_size(run.image_size, run.codec, self.codec.factor)
         self.dataset: Feed
@@ -328,6 +330,8 @@ class Trainer:
         ):
             for result in self.steps():
                 losses.append(result.loss)
+                if len(losses) == 1 and bar.n == bar.initial:
+                    bar.unpause()  # the time left is not told from a first step in which all is compiled
                 bar.update()
                 saving = self.step % config.checkpoint_every == 0 or self.finished
                 due = self.step % config.log_every == 0 or saving
