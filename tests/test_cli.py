@@ -221,7 +221,11 @@ def test_mistakes_in_training(arguments: list[str], words: str, tmp_path: Path, 
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("imge_size: 16", "does not accept option 'imge_size'"), ("image_size: large", "image_size"), ("a: [", "")],
+    [
+        ("imge_size: 16", "does not accept option 'imge_size'"),
+        ("image_size: large", "--image-size must be a whole number, not large"),
+        ("a: [", ""),
+    ],
 )
 def test_mistakes_in_yaml(text: str, words: str, tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "my.yaml").write_text(text)
@@ -317,8 +321,25 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Signa
     assert (out / "checkpoints" / f"step-{step + 1:06d}").is_dir()
 
 
-def test_a_misspelt_option_names_a_command_that_exists(capsys: Capture) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--stepz", "5"], "There is no option --stepz; did you mean --steps?"),
+        (["--xyzzy"], "There is no option --xyzzy.\n"),
+        (["--steps", "2.5"], "--steps must be a whole number, not 2.5.\n"),
+        (["--config", "my.yaml"], "--steps must be a whole number, not 2.5.\n"),
+        (["--compile", "maybe"], "--compile must be true or false, not maybe.\n"),
+        (["--crop", "middle"], "--crop must be one of center, random, pad, not middle.\n"),
+    ],
+)
+def test_what_the_parser_finds_is_told_in_words(
+    arguments: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my.yaml").write_text("steps: 2.5")
     with pytest.raises(SystemExit) as stop:
-        run("train", "--stepz", "5")
+        run("train", *arguments)
     assert stop.value.code == 2
-    assert "liquid-diffusion train --help" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert words in error
+    assert "liquid-diffusion train --help" in error

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import re
 import sys
 from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any, get_type_hints
+from typing import Any, NoReturn, get_type_hints
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
@@ -96,8 +98,34 @@ class _Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
         return (action.help or "") + ("" if silent else f" ({action.default})")
 
 
+_KINDS = (("int", "a whole number"), ("float", "a number"), ("bool", "true or false"))
+
+
+def _in_words(mistake: str, options: Sequence[str]) -> str:
+    """What jsonargparse says of a value of the wrong type, in its terms and many lines, or of an unknown option."""
+    if match := re.match(r"Parser key \"(\w+)\":.*(?:Given|Got) value: (.*)", mistake, re.DOTALL):
+        expected = mistake.partition("Given value type")[0]
+        kinds = [words for kind, words in _KINDS if f"<class '{kind}'>" in expected]
+        if choices := re.search(r"Literal\[(.*?)\]", mistake):
+            kinds.append("one of " + choices[1].replace("'", ""))
+        if kinds:
+            return f"--{match[1].replace('_', '-')} must be {' or '.join(kinds)}, not {match[2]}."
+    if match := re.match(r"unrecognized arguments: (--[\w-]+)", mistake):
+        near = difflib.get_close_matches(match[1], options, n=1)
+        return f"There is no option {match[1]}{f'; did you mean {near[0]}?' if near else '.'}"
+    return mistake
+
+
+class _Parser(ArgumentParser):
+    """Tells mistakes in words."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        options = [option for action in self._actions for option in action.option_strings]
+        super().error(_in_words(message, options), ex)
+
+
 def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
+    parser = _Parser(
         prog="liquid-diffusion",
         usage="liquid-diffusion COMMAND [options]",
         formatter_class=_Formatter,
@@ -111,7 +139,7 @@ def _parser() -> ArgumentParser:
         named = "show SOURCE" if name == "datasets" else first.upper()
         place = f"[{named}] " if count else f"{named} " if first else ""
         usage = f"liquid-diffusion {name} {place}[options]"
-        command = ArgumentParser(usage=usage, description=text[0].upper() + text[1:] + ".", formatter_class=_Formatter)
+        command = _Parser(usage=usage, description=text[0].upper() + text[1:] + ".", formatter_class=_Formatter)
         if config is not None:
             command.add_argument("--config", action="config", help="YAML file of these options; what follows it wins")
             hints = get_type_hints(config)
