@@ -321,6 +321,7 @@ class Trainer:
             total=config.steps, initial=self.step, desc="Training", unit="step", disable=not main, smoothing=0.05
         )
         losses: list[Tensor] = []
+        first = self.step + 1
         stopping, since = False, time.perf_counter()
         with (
             self._saved_if_the_source_is_lost(losses),
@@ -330,7 +331,7 @@ class Trainer:
         ):
             for result in self.steps():
                 losses.append(result.loss)
-                if len(losses) == 1 and bar.n == bar.initial:
+                if self.step == first:
                     bar.unpause()  # the time left is not told from a first step in which all is compiled
                 bar.update()
                 saving = self.step % config.checkpoint_every == 0 or self.finished
