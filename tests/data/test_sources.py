@@ -16,7 +16,15 @@ from datasets import Image as ImageFeature
 from PIL import Image, ImageFile
 
 from liquid_diffusion.data.registry import DATASETS
-from liquid_diffusion.data.sources import BadPictureError, EmojiSource, FolderSource, decode, open_shards, open_source
+from liquid_diffusion.data.sources import (
+    BadPictureError,
+    EmojiSource,
+    FolderSource,
+    decode,
+    open_shards,
+    open_source,
+    same_place,
+)
 from liquid_diffusion.data.transforms import to_shape
 from liquid_diffusion.errors import UserError
 
@@ -301,3 +309,17 @@ def test_parquet_of_any_name_and_beside_folders_that_are_called_so(tmp_path: Pat
     (folder / "spark.parquet").mkdir()
     for data in (folder, folder / "part [1].parquet"):
         assert len(open_source(str(data), image_column="image")) == 3
+
+
+def test_where_pictures_may_have_been_moved(tmp_path: Path) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "a.parquet").touch()
+    gone, there = str(tmp_path / "gone"), str(tmp_path / "there")
+    assert same_place(gone, gone)
+    assert same_place(gone, str(here))  # a folder that was renamed
+    assert not same_place(gone, there)  # no folder: nothing of it is counted
+    assert same_place(f"{gone}/a.parquet", f"{here}/a.parquet")
+    assert not same_place(str(here), there)
+    assert not same_place(f"{here}/*.parquet", str(tmp_path))  # the pattern's files are still there
+    assert not same_place("emoji", str(here))

@@ -214,11 +214,14 @@ def open_source(data: str, image_column: str | None = None, label_column: str | 
 
 
 def same_place(before: str, now: str) -> bool:
-    """Whether two values of --data can mean the same pictures: they are equal, or a folder that is gone from
-    where it was; how many pictures and which classes it has is looked at besides."""
+    """Whether two values of --data can mean the same pictures: they are equal, or one of them moved.
+
+    What is gone from where it was may lie elsewhere under its name; a folder, whose pictures and classes are counted
+    besides, may have another name too.
+    """
     then, here = Path(before), Path(now)
-    moved = then.is_absolute() and here.is_absolute() and not then.exists()
-    return before == now or moved
+    gone = then.is_absolute() and not then.exists() and not any(then.parent.glob(then.name))  # a pattern is no file
+    return before == now or (gone and here.is_absolute() and (then.name == here.name or here.is_dir()))
 
 
 def open_shards(data: str, image_column: str | None = None, label_column: str | None = None) -> Shards | None:
