@@ -16,6 +16,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 QUALITY = RESULTS / "quality.csv"
+STEP_TIMES = RESULTS / "step-time.csv"
 CAUSAL = RESULTS / "causal.csv"
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "ablations.md"
 NOT_YET = "*Not run yet.*"
@@ -83,7 +84,7 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 def _setting(row: Row) -> str:
     threads = f", {row['threads']} thread{'s' if row['threads'] != '1' else ''}" if row["threads"] else ""
-    clock = " of the processor's time" if row["clock"] == "cpu" else ""
+    clock = {"cpu": " of the processor's time", "table": " by the table of step times"}.get(row["clock"], "")
     budget = f"{row['budget']}{clock}" if row["budget"].endswith(" s") else row["budget"]
     muon = ", all by Muon" if row["optimizer"] == "muon" else ""
     return f"{budget} each, {row['size']} px, size of {row['preset']}, {row['device']}{threads}{muon}"

@@ -36,12 +36,14 @@ class Budget:
     Attributes:
         amount: seconds or pictures.
         unit: "s" or "images".
-        clock: "wall", or "cpu" for the process's own seconds, where others use the machine too.
+        clock: "wall", "cpu" for the process's own seconds, or "table" for `step_seconds`.
+        step_seconds: what each step counts as by the clock "table", whatever it takes in this hour.
     """
 
     amount: float
     unit: str
     clock: str = "wall"
+    step_seconds: float = 0.0
 
     def __str__(self) -> str:
         return f"{self.amount:g} {self.unit}"
@@ -49,7 +51,7 @@ class Budget:
     def now(self, device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() if self.clock == "wall" else time.process_time()
+        return time.process_time() if self.clock == "cpu" else time.perf_counter()
 
 
 @dataclass(frozen=True)
@@ -118,11 +120,23 @@ class Training:
         labels = labels.to(self.device).masked_fill(hidden, len(self.dataset.label_names))
         return flow_loss(predict(self.model, interpolate(x0, noise, t), t, labels), velocity(x0, noise))
 
-    def _warm_up(self) -> None:
+    def warm_up(self) -> None:
         """Two steps without an update: the model is compiled and memory is taken before the clock starts."""
         for _ in range(2):
             self._loss(torch.Generator(self.device).manual_seed(0), [(0, i) for i in range(_BATCH)]).backward()
             self.optimizer.zero_grad(set_to_none=True)
+
+    def step(self, factor: float = 1.0) -> Tensor:
+        """One step at a share of the learning rate; its loss ()."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * factor
+        loss = self._loss(self.generator, next(self.batches))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), _RUN.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.step(self.model.parameters())
+        return loss.detach()
 
     def points(self, budget: Budget, fractions: Sequence[float]) -> Iterator[Point]:
         """Train, stopping at each share of the budget.
@@ -131,7 +145,7 @@ class Training:
             FloatingPointError: the loss is no number any more.
         """
         self.model.train()
-        self._warm_up()
+        self.warm_up()
         step, spent, losses = 0, 0.0, []
         left = list(fractions)
         while left:
@@ -139,17 +153,9 @@ class Training:
             progress = (spent if budget.unit == "s" else step * _BATCH) / budget.amount
             factor = min(1.0, (step + 1) / _WARM_UP)
             factor *= learning_rate_factor(round(1e6 * progress), 1_000_000, 0, _RUN.cooldown)
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.lr * factor
-            loss = self._loss(self.generator, next(self.batches))
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), _RUN.max_grad_norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            self.ema.step(self.model.parameters())
+            losses.append(self.step(factor))
             step += 1
-            spent += budget.now(self.device) - start
-            losses.append(loss.detach())
+            spent += budget.step_seconds if budget.clock == "table" else budget.now(self.device) - start
             if (spent if budget.unit == "s" else step * _BATCH) >= left[0] * budget.amount:
                 mean = torch.stack(losses[-200:]).mean().item()
                 if not math.isfinite(mean):

@@ -4,12 +4,16 @@
     python benchmarks/quality.py --seconds 480 --seeds 0 1 2        # then measure on val, equal wall-clock
     python benchmarks/quality.py --images 100000 --seeds 0 1 2      # or equal images
     python benchmarks/quality.py --models ablations --seconds 480 --seeds 0 1 2
+    python benchmarks/quality.py --measure 30                       # step times, taken in turns, for --clock table
     python benchmarks/quality.py --draw                             # only tables and plots, from the CSV
 
 Each training appends its points to benchmarks/results/quality.csv when it is whole; one that is there already is left
 out, so the same command goes on after an interruption. Sampling and evaluation are not counted. All models get the
 same data, codec, flow, optimiser, average and sampler (Heun, 25 steps, no guidance), and each its best of three
 learning rates, chosen with AdamW.
+
+By the clock "table" equal time is a number of steps for each model, by step times that were taken in turns in one run:
+what a busy neighbour does to one turn it does to all models, and trainings of different hours can be compared.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import argparse
 import csv
 import hashlib
 import platform
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,9 +32,10 @@ from typing import Any
 import pyarrow.parquet
 import torch
 from ablations import ABLATIONS, ablated
-from figures import QUALITY, draw_quality, read_rows
+from figures import QUALITY, STEP_TIMES, draw_quality, read_rows
 from harness import Budget, Training, draw, fit_codec, held_out_loss, predict
 from peers import check_size, dico, dit, fcdm, unet2d
+from speed import machine, take_turns
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -54,6 +60,10 @@ COLUMNS = [
     *("commit", "device", "threads", "split", "size", "preset", "model", "seed", "budget", "clock", "lr", "optimizer"),
     *("parameters", "flops", "fraction", "steps", "images", "seconds", "loss", "held_out_loss"),
     *("kd", "kd_standard_error", "fd", "precision", "recall", "fd_pictures"),
+]
+STEP_TIME_COLUMNS = [
+    *("commit", "machine", "threads", "size", "preset", "model", "optimizer"),
+    *("median_ms", "least_ms", "most_ms", "runs"),
 ]
 OURS = "liquid"
 PEERS: dict[str, Callable[[str, int, int, int], nn.Module]] = {
@@ -96,6 +106,7 @@ def pictures(folder: Path, size: int, split: str) -> tuple[PictureDataset, Pictu
     )
 
 
+@torch.compiler.set_stance("force_eager")  # what is compiled is not counted
 def forward_flops(model: nn.Module, channels: int, side: int, device: torch.device) -> int:
     """Multiplications and additions of one picture's evaluation, as torch counts them."""
     x, t = torch.zeros(1, channels, side, side, device=device), torch.zeros(1, device=device)
@@ -123,16 +134,49 @@ class Comparison:
         if self.device.type == "cpu":
             keep_freed_memory()
             torch.set_num_threads(options.threads or torch.get_num_threads())
-        unit = "s" if options.images is None else "images"
-        self.budget = Budget(options.seconds if unit == "s" else options.images, unit, options.clock)
         self.train, self.reference = pictures(options.data, options.size, options.split)
         self.codec = fit_codec(PixelCodec(2), self.train)
-        if options.split == "val":
+        if options.split == "val" and not options.measure:
             self.extractor = make_features("lite0", self.device)
             self.real = CachedFeatures(self.extractor, self.device).of(self.reference)
             self.labels = labels_of(self.reference)
 
-    def _facts(self, name: str, seed: int, lr: float) -> dict[str, Any]:
+    def _budget(self, name: str) -> Budget:
+        options = self.options
+        if options.images is not None:
+            return Budget(options.images, "images", options.clock)
+        return Budget(
+            options.seconds, "s", options.clock, step_seconds(name, options) if options.clock == "table" else 0.0
+        )
+
+    def _training(self, name: str, seed: int, lr: float) -> Training:
+        torch.manual_seed(seed)
+        side, classes = self.options.size // self.codec.factor, len(self.train.label_names)
+        model = build(name, self.options.preset, self.codec.channels, classes, side)
+        model = model.to(self.device, memory_format=torch.preserve_format if "DiT" in name else torch.channels_last)
+        ablation = ABLATIONS[name if name in ABLATIONS else OURS]
+        how = (lr, seed, ablation.times, ablation.time_shift, self.options.optimizer)
+        return Training(model, self.train, self.codec, *how)
+
+    def measure(self, names: list[str], runs: int) -> None:
+        """Take training steps of all these models in turns, and append a row for each to step-time.csv."""
+        torch._dynamo.config.recompile_limit = 8 * len(names)  # models that share a block's code share its limit
+        trainings = {name: self._training(name, 0, LEARNING_RATES[0]) for name in names}
+        for training in trainings.values():
+            training.model.train()
+            training.warm_up()
+        times = take_turns({name: training.step for name, training in trainings.items()}, runs, self.device)
+        rows = []
+        for name, some in times.items():
+            middle = statistics.median(some)
+            facts = {key: getattr(self.options, key) for key in ("size", "preset", "optimizer")}
+            found = {"median_ms": middle, "least_ms": min(some), "most_ms": max(some), "runs": runs}
+            threads = {"machine": machine(self.device), "threads": torch.get_num_threads()}
+            rows.append({"model": name, **facts, **found, **threads})
+            print(f"{name}: {middle:.1f} ms a step ({min(some):.1f} to {max(some):.1f})", flush=True)
+        append_rows(STEP_TIMES, STEP_TIME_COLUMNS, rows)
+
+    def _facts(self, name: str, seed: int, lr: float, budget: Budget) -> dict[str, Any]:
         """What makes a training the one it is."""
         return {
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else platform.machine(),
@@ -142,31 +186,26 @@ class Comparison:
             "preset": self.options.preset,
             "model": name,
             "seed": seed,
-            "budget": str(self.budget),
+            "budget": str(budget),
             "clock": self.options.clock,
             "lr": lr,
             "optimizer": self.options.optimizer,
         }
 
     def run(self, name: str, seed: int, lr: float) -> None:
-        facts = self._facts(name, seed, lr)
+        budget = self._budget(name)
+        facts = self._facts(name, seed, lr, budget)
         if any(all(row[key] == str(value) for key, value in facts.items()) for row in read_rows(QUALITY)):
             print(f"{name}, seed {seed}, lr {lr:g}: is there already", flush=True)
             return
-        torch.manual_seed(seed)
-        side, classes = self.options.size // self.codec.factor, len(self.train.label_names)
-        model = build(name, self.options.preset, self.codec.channels, classes, side)
-        layout = torch.preserve_format if "DiT" in name else torch.channels_last
-        model = model.to(self.device, memory_format=layout)
+        training = self._training(name, seed, lr)
+        model, side = training.model, self.options.size // self.codec.factor
         facts |= {
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "flops": forward_flops(model, self.codec.channels, side, self.device),
         }
-        ablation = ABLATIONS[name if name in ABLATIONS else OURS]
-        how = (lr, seed, ablation.times, ablation.time_shift, self.options.optimizer)
-        training = Training(model, self.train, self.codec, *how)
         rows = []
-        for point in training.points(self.budget, self.options.fractions):
+        for point in training.points(budget, self.options.fractions):
             found = {"held_out_loss": held_out_loss(model, self.codec, self.reference)}
             said = f"loss {point.loss:.3f}, held out {found['held_out_loss']:.4f}"
             if self.options.split == "val":
@@ -175,20 +214,30 @@ class Comparison:
                 said += f", KD {found['kd']:.4f} +- {found['kd_standard_error']:.4f}"
             rows.append(facts | vars(point) | found)
             print(f"{name}, seed {seed}, lr {lr:g}: step {point.steps}, {point.seconds:.0f} s, {said}", flush=True)
-        append_rows(rows)
+        append_rows(QUALITY, COLUMNS, rows)
 
 
-def append_rows(rows: list[dict[str, Any]]) -> None:
+def append_rows(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> None:
+    """Append rows to a CSV of the results, each with the commit it was measured at."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], check=True, capture_output=True, text=True)
-    QUALITY.parent.mkdir(exist_ok=True)
-    new = not QUALITY.exists()
-    with QUALITY.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+    path.parent.mkdir(exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         if new:
             writer.writeheader()
         for row in rows:
             rounded = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
             writer.writerow({"commit": commit.stdout.strip(), **rounded})
+
+
+def step_seconds(name: str, options: argparse.Namespace) -> float:
+    """What a step of a model takes by the newest row of step-time.csv, under these options."""
+    wanted = {"model": name} | {key: str(getattr(options, key)) for key in ("size", "preset", "optimizer")}
+    found = [row for row in read_rows(STEP_TIMES) if all(row[key] == value for key, value in wanted.items())]
+    if not found:
+        sys.exit(f"Nobody has measured a step of {name}: run with --measure first.")
+    return float(found[-1]["median_ms"]) / 1000
 
 
 def parse() -> argparse.Namespace:
@@ -198,7 +247,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=32, help="side of the pictures")
     parser.add_argument("--seconds", type=float, default=480, help="equal seconds of training steps")
     parser.add_argument("--images", type=int, help="equal images in place of equal seconds")
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu where others use the machine")
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu", "table"),
+        default="wall",
+        help="table: the measured step times; see --measure",
+    )
+    parser.add_argument("--measure", type=int, metavar="RUNS", help="train nothing; take that many steps in turns")
     parser.add_argument("--split", choices=("val", "tune"), default="val", help="tune: choose learning rates")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--lr", type=float, help="one for all, in place of the best of `--split tune`")
@@ -239,6 +294,9 @@ def plan(options: argparse.Namespace) -> list[tuple[str, int, float]]:
 
 def main() -> None:
     options = parse()
+    if options.measure:
+        Comparison(options).measure(options.models, options.measure)
+        return
     if not options.draw:
         trainings = plan(options)
         comparison = Comparison(options)

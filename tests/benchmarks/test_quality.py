@@ -46,6 +46,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(harness, "_BATCH", 8)
     for module in (figures, quality):
         monkeypatch.setattr(module, "QUALITY", tmp_path / "quality.csv")
+    monkeypatch.setattr(quality, "STEP_TIMES", tmp_path / "step-time.csv")
     document = tmp_path / "ablations.md"
     document.write_text(figures.DOCUMENT.read_text())
     monkeypatch.setattr(figures.write_tables, "__defaults__", (document,))
@@ -90,6 +91,38 @@ def test_equal_images(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     page = (folder / "ablations.md").read_text()
     assert f"{float(rows[1]['kd']):.3f} ± " in page
     assert (folder / "quality-images.png").stat().st_size > 10_000
+
+
+def test_equal_time_by_the_table_of_step_times(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are counted as what was measured once, whatever they take."""
+    monkeypatch.setattr(quality, "STEPS", 1)
+    command = ["quality.py", "--data", str(folder), "--size", "16", "--lr", "1e-3", "--models", "liquid", "plain"]
+
+    def run(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", [*command, *arguments])
+        quality.main()
+
+    with pytest.raises(SystemExit, match="Nobody has measured a step of liquid"):
+        run("--seconds", "1", "--clock", "table")
+    run("--measure", "3")
+    with (folder / "step-time.csv").open() as file:
+        measured = {row["model"]: row for row in csv.DictReader(file)}
+    assert list(measured) == ["liquid", "plain"]
+    for row in measured.values():
+        assert 0 < float(row["least_ms"]) <= float(row["median_ms"]) <= float(row["most_ms"])
+    slow = measured["liquid"] | {"median_ms": "400"}  # the newest row counts
+    quality.append_rows(folder / "step-time.csv", quality.STEP_TIME_COLUMNS, [slow, slow | {"model": "plain"}])
+    quality.append_rows(folder / "step-time.csv", quality.STEP_TIME_COLUMNS, [slow | {"median_ms": "240"}])
+    run("--seconds", "1", "--clock", "table", "--fractions", "0.5")
+    with (folder / "quality.csv").open() as file:
+        rows = [(row["model"], row["clock"], row["steps"], row["seconds"]) for row in csv.DictReader(file)]
+    assert rows == [
+        ("liquid", "table", "3", "0.72"),
+        ("liquid", "table", "5", "1.2"),
+        ("plain", "table", "2", "0.8"),
+        ("plain", "table", "3", "1.2"),
+    ]
+    assert "by the table of step times" in (folder / "ablations.md").read_text()
 
 
 def test_choices_are_made_on_other_code_points(folder: Path) -> None:
