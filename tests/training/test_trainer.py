@@ -35,10 +35,10 @@ Make = Callable[..., TrainConfig]
 def state(trainer: Trainer) -> dict[str, torch.Tensor]:
     """All numbers that decide how a run goes on."""
     found = {f"model.{name}": value.clone() for name, value in trainer.model.state_dict().items()}
-    found |= {f"ema.{i}": value.clone() for i, value in enumerate(trainer.ema.shadow_params)}
-    for i, moments in enumerate(trainer.optimizer.state.values()):
+    found |= {f"ema.{i}": value.clone() for i, value in enumerate(trainer.state.ema.shadow_params)}
+    for i, moments in enumerate(trainer.state.optimizer.state.values()):
         found |= {f"optimizer.{i}.{name}": torch.as_tensor(value).clone() for name, value in moments.items()}
-    found["generator"] = trainer.generator.get_state()
+    found["generator"] = trainer.state.generator.get_state()
     found["lr"] = torch.tensor(trainer.learning_rate)
     return found
 
@@ -78,9 +78,9 @@ def test_every_source_of_randomness_is_in_the_checkpoint(quick: Make) -> None:
     trainer = Trainer(quick())
     list(itertools.islice(trainer.steps(), 2))
     trainer.save()
-    expected = (torch.rand(3, generator=trainer.generator), torch.rand(3))
+    expected = (torch.rand(3, generator=trainer.state.generator), torch.rand(3))
     again = Trainer(quick())
-    drawn = (torch.rand(3, generator=again.generator), torch.rand(3))
+    drawn = (torch.rand(3, generator=again.state.generator), torch.rand(3))
     assert all(torch.equal(first, second) for first, second in zip(expected, drawn, strict=True))
 
 
@@ -101,7 +101,7 @@ def test_target_of_the_training_is_noise_minus_data(quick: Make, monkeypatch: py
         def __call__(self, x_t: torch.Tensor, t: torch.Tensor, _: torch.Tensor) -> Any:
             return type("Output", (), {"sample": (x_t - x0) / t[:, None, None, None]})
 
-    monkeypatch.setattr(trainer, "wrapped", Knowing())
+    monkeypatch.setattr(trainer.state, "wrapped", Knowing())
     assert trainer.loss(images, labels).item() < 1e-4
 
 
@@ -117,7 +117,7 @@ def test_training_times_follow_their_options(quick: Make, monkeypatch: pytest.Mo
     for shift in (1.0, 3.0):
         trainer = Trainer(quick(time_sampling="uniform", time_shift=shift, out=f"{quick().out}-{shift}"))
         images, labels, _ = next(trainer._batches())
-        monkeypatch.setattr(trainer, "wrapped", Hearing())
+        monkeypatch.setattr(trainer.state, "wrapped", Hearing())
         trainer.loss(images, labels)
     plain, shifted = seen
     torch.testing.assert_close(shifted, 3 * plain / (1 + 2 * plain))
@@ -131,7 +131,7 @@ def test_labels_are_hidden_at_the_wanted_rate(quick: Make, monkeypatch: pytest.M
         seen.append(labels)
         return type("Output", (), {"sample": x})
 
-    monkeypatch.setattr(trainer, "wrapped", watch)
+    monkeypatch.setattr(trainer.state, "wrapped", watch)
     labels = torch.arange(1000) % 9
     trainer.loss(torch.zeros(1000, 3, 16, 16, dtype=torch.uint8), labels)
     hidden = seen[0] == 9
@@ -145,7 +145,7 @@ def test_grids_are_guided_where_the_null_label_was_learnt(quick: Make, label_dro
     list(trainer.steps())
     grid = Image.open(trainer.draw_samples())
     labels = [row for row in range(9) for _ in range(8)]
-    with trainer.ema_weights():
+    with trainer.state.averaged():
         drawn = {
             scale: draw_in_batches(trainer.pipeline(), labels, len(labels), 8, guidance_scale=scale)
             for scale in (1.0, 2.0)
@@ -168,7 +168,7 @@ def test_ema_follows_its_warm_up(quick: Make) -> None:
         decay = 0.0 if i == 0 else min(0.999, 1 - (1 + i) ** -0.75)
         average = decay * average + (1 - decay) * trainer.model.state_dict()[name].double()
     end = trainer.model.state_dict()[name].double()
-    with trainer.ema_weights():
+    with trainer.state.averaged():
         ours = trainer.model.state_dict()[name].double().clone()
     torch.testing.assert_close(ours, average, atol=1e-6, rtol=1e-4)
     assert (ours - end).norm() < 0.5 * (start - end).norm()  # without the warm-up it would be 0.98
@@ -196,7 +196,7 @@ def test_a_whole_run(quick: Make, tmp_path: Path) -> None:
         assert (run / "checkpoints" / f"step-{step:06d}" / "manifest.json").is_file()
     assert not list(run.rglob("*.partial"))
     weights = load_pipeline(str(run)).unet.state_dict()
-    with trainer.ema_weights():
+    with trainer.state.averaged():
         assert all(torch.equal(value, weights[name]) for name, value in trainer.model.state_dict().items())
 
 
@@ -221,12 +221,12 @@ def test_accumulation_is_the_same_batch_in_parts(quick: Make, tmp_path: Path, mo
         def plain(images: torch.Tensor, labels: torch.Tensor, trainer: Trainer = trainer) -> torch.Tensor:
             x = trainer.codec.encode(images.float() / 127.5 - 1)
             t = torch.full((len(x),), 0.5)
-            return trainer.wrapped(x, t, labels).sample.square().mean((1, 2, 3)).add(labels).mean()
+            return trainer.state.wrapped(x, t, labels).sample.square().mean((1, 2, 3)).add(labels).mean()
 
         images, labels, _ = next(trainer._batches())
         monkeypatch.setattr(trainer, "loss", plain)
-        monkeypatch.setattr(trainer.optimizer, "step", lambda: None)
-        monkeypatch.setattr(trainer.optimizer, "zero_grad", lambda set_to_none: None)
+        monkeypatch.setattr(trainer.state.optimizer, "step", lambda: None)
+        monkeypatch.setattr(trainer.state.optimizer, "zero_grad", lambda set_to_none: None)
         losses.append(trainer.train_step(images, labels))
         gradients.append([parameter.grad for parameter in trainer.model.parameters()])
     torch.testing.assert_close(*losses)
@@ -419,7 +419,7 @@ def test_a_lower_rate_goes_on(quick: Make) -> None:
     Trainer(quick(steps=4, lr=1e-2)).save()
     trainer = Trainer(quick(steps=4, lr=1e-4, warmup_steps=2))
     next(iter(trainer.steps()))
-    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.5e-4)
+    assert trainer.state.optimizer.param_groups[0]["lr"] == pytest.approx(0.5e-4)
 
 
 # of dynamo's own, which it expects to be a warning
@@ -464,11 +464,11 @@ for steps in (2, 3):
     trainer = Trainer(TrainConfig(steps=steps, **config))
     assert trainer.step == (0 if steps == 2 else 2)
     assert trainer.run()
-    for tensors in (trainer.model.parameters(), trainer.ema.shadow_params):
+    for tensors in (trainer.model.parameters(), trainer.state.ema.shadow_params):
         total = torch.stack([p.double().sum() for p in tensors]).sum()
         both = trainer.accelerator.gather(total[None])
         assert both[0] == both[1], both
-    draws = trainer.accelerator.gather(torch.rand(1, generator=trainer.generator))
+    draws = trainer.accelerator.gather(torch.rand(1, generator=trainer.state.generator))
     assert draws[0] != draws[1]
 assert not trainer._anyone(False) and trainer._anyone(trainer.accelerator.process_index == 1)
 """
@@ -599,7 +599,7 @@ def test_averages_in_the_computers_memory_are_the_same(quick: Make, tmp_path: Pa
     trainers = [Trainer(quick(ema_on_cpu=choice, out=str(tmp_path / str(choice)))) for choice in (False, True)]
     for trainer in trainers:
         list(trainer.steps())
-    on_device, on_cpu = (trainer.ema.shadow_params for trainer in trainers)
+    on_device, on_cpu = (trainer.state.ema.shadow_params for trainer in trainers)
     assert all(torch.equal(a, b) for a, b in zip(on_device, on_cpu, strict=True))
     weights = list(trainers[1].model.parameters())
     assert not all(torch.equal(a, b) for a, b in zip(on_cpu, weights, strict=True))

@@ -1,24 +1,20 @@
-"""The training of a run: its state, one step, and the loop."""
+"""The training of a run: what it is made of, one step, and the loop."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
-from diffusers.training_utils import EMAModel
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -40,9 +36,9 @@ from liquid_diffusion.sampling import make_scheduler
 from liquid_diffusion.training.checkpoint import CheckpointFolder
 from liquid_diffusion.training.compilation import compile_blocks
 from liquid_diffusion.training.learning_rate import learning_rate_factor
-from liquid_diffusion.training.optimizer import channel_mixers, optimizer_of
 from liquid_diffusion.training.resume import check_same_data, check_same_run, machine_facts
 from liquid_diffusion.training.run_folder import RunFolder
+from liquid_diffusion.training.state import TrainingState
 from liquid_diffusion.training.tracking import MetricsLog, StopRequest
 
 _GRID_COLUMNS = 8
@@ -100,13 +96,8 @@ class Trainer:
         self.model.to(memory_format=torch.channels_last)
         if run.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
-        self.generator = torch.Generator(device).manual_seed(run.seed + self.accelerator.process_index)
-        mixers = channel_mixers(self.model) if run.optimizer == "muon" else ()
-        optimizer = optimizer_of(self.model, mixers, run.lr, run.weight_decay)
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
-        # after prepare, which gives every process the weights of the first
-        self.ema = EMAModel(self.model.parameters(), decay=run.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
-        self.ema.to("cpu" if run.ema_on_cpu else device)
+        stream = self.dataset if isinstance(self.dataset, PictureStream) else None
+        self.state = TrainingState(self.accelerator, self.model, run, stream)
         if isinstance(self.codec, AutoencoderCodec) and not run.cache_latents:  # else it is there for grids only
             self.codec.vae.to(device)
 
@@ -160,13 +151,9 @@ class Trainer:
         if accelerator.is_main_process:
             self.checkpoints.begin(self.step)
         accelerator.wait_for_everyone()
-        accelerator.save_state(str(folder))  # each process adds its random state
-        torch.save(self.generator.get_state(), folder / f"generator-{accelerator.process_index}.pt")
-        if isinstance(self.dataset, PictureStream):
-            (folder / f"stream-{accelerator.process_index}.json").write_text(json.dumps(self.dataset.state()))
+        self.state.save(folder)
         if accelerator.is_main_process:
-            torch.save(self.ema.state_dict(), folder / "ema.pt")
-            with self.ema_weights():
+            with self.state.averaged():
                 self.folder.save_pipeline(self.pipeline())
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -183,33 +170,9 @@ class Trainer:
 
     def _load(self, folder: Path, step: int, facts: dict[str, Any]) -> None:
         check_same_data(folder, facts, self.config.data, len(self.dataset), self.dataset.label_names)
-        try:
-            self.accelerator.load_state(str(folder))
-            averaged = torch.load(folder / "ema.pt", map_location="cpu", weights_only=True)
-        except (UnpicklingError, RuntimeError, SafetensorError) as error:
-            if "out of memory" in str(error):
-                raise
-            raise UserError(f"The checkpoint {folder} is damaged; delete it to go on from the one before.") from error
-        self.ema.load_state_dict(averaged)
-        self.ema.to("cpu" if self.config.ema_on_cpu else self.accelerator.device)
-        generator = folder / f"generator-{self.accelerator.process_index}.pt"
-        self.generator.set_state(torch.load(generator, map_location="cpu", weights_only=True))
-        if isinstance(self.dataset, PictureStream):
-            stream = folder / f"stream-{self.accelerator.process_index}.json"
-            self.dataset.load_state(json.loads(stream.read_text()))
+        self.state.load(folder)
         self.codec.set_statistics(facts["codec"]["mean"], facts["codec"]["std"])
         self.step = step
-
-    @contextlib.contextmanager
-    def ema_weights(self) -> Iterator[None]:
-        """Within it the model has the averaged weights."""
-        parameters = list(self.model.parameters())
-        self.ema.store(parameters)
-        self.ema.copy_to(parameters)
-        try:
-            yield
-        finally:
-            self.ema.restore(parameters)
 
     def pipeline(self) -> LiquidDiffusionPipeline:
         """A pipeline of the model as it is now, sharing its weights."""
@@ -233,40 +196,34 @@ class Trainer:
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """The loss of a batch of the data set and labels (B,), at times and noise drawn from the run's generator."""
         device = self.accelerator.device
-        x0 = self.dataset.to_latents(images.to(device, non_blocking=True), self.codec, self.generator)
-        t = sample_times(len(x0), self.config.time_sampling, self.generator, self.config.time_shift)
-        noise = torch.randn(x0.shape, generator=self.generator, device=device)
+        x0 = self.dataset.to_latents(images.to(device, non_blocking=True), self.codec, self.state.generator)
+        t = sample_times(len(x0), self.config.time_sampling, self.state.generator, self.config.time_shift)
+        noise = torch.randn(x0.shape, generator=self.state.generator, device=device)
         classes = None
         if self.dataset.label_names:
-            hidden = torch.rand(len(x0), generator=self.generator, device=device) < self.config.label_dropout
+            hidden = torch.rand(len(x0), generator=self.state.generator, device=device) < self.config.label_dropout
             classes = labels.to(device, non_blocking=True).masked_fill(hidden, len(self.dataset.label_names))
-        prediction = self.wrapped(interpolate(x0, noise, t), t, classes).sample
+        prediction = self.state.wrapped(interpolate(x0, noise, t), t, classes).sample
         return flow_loss(prediction, velocity(x0, noise))
 
     def train_step(self, images: Tensor, labels: Tensor) -> Tensor:
         """One optimiser step on a batch; the loss () stays on the device."""
-        for group in self.optimizer.param_groups:
+        for group in self.state.optimizer.param_groups:
             group["lr"] = self.learning_rate
         parts = self.config.gradient_accumulation
         total = torch.zeros((), device=self.accelerator.device)
         batches = list(zip(images.chunk(parts), labels.chunk(parts), strict=True))
         for i, (some_images, some_labels) in enumerate(batches):
             last = i == len(batches) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.state.wrapped):
                 loss = self.loss(some_images, some_labels) * (len(some_images) / len(images))
                 self.accelerator.backward(loss)
             total += loss.detach()
-        self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self._average()
+        self.accelerator.clip_grad_norm_(self.state.wrapped.parameters(), self.config.max_grad_norm)
+        self.state.optimizer.step()
+        self.state.optimizer.zero_grad(set_to_none=True)
+        self.state.average()
         return total
-
-    def _average(self) -> None:
-        parameters: list[Tensor] = list(self.model.parameters())
-        if self.config.ema_on_cpu:  # EMAModel averages what wants a gradient, and copies all else
-            parameters = [parameter.detach().cpu().requires_grad_() for parameter in parameters]
-        self.ema.step(parameters)
 
     @property
     def learning_rate(self) -> float:
@@ -292,7 +249,7 @@ class Trainer:
         reason = compile_blocks(self.model, step_on_zeros)
         if reason and main:
             tqdm.write(f"The blocks can't be compiled here, so the training goes on without ({reason}).")
-        self.optimizer.zero_grad(set_to_none=True)
+        self.state.optimizer.zero_grad(set_to_none=True)
 
     def steps(self) -> Iterator[StepResult]:
         """Train from where the run is to its last step, one at a time; nothing is written but skipped.jsonl."""
@@ -408,7 +365,7 @@ class Trainer:
                 f"checkpoint with a lower --lr than {self.config.lr:g}."
             )
         pictures = len(losses) * self.config.batch_size * self.accelerator.num_processes
-        return {"loss": loss, "lr": self.optimizer.param_groups[0]["lr"], "images_per_second": pictures / seconds}
+        return {"loss": loss, "lr": self.state.optimizer.param_groups[0]["lr"], "images_per_second": pictures / seconds}
 
     def draw_samples(self) -> Path:
         """Write RUN/samples/step-000500.png: always the same seeds, a row for each class."""
@@ -416,7 +373,7 @@ class Trainer:
         rows = len(names[:10]) or 4
         labels = [row for row in range(rows) for _ in range(_GRID_COLUMNS)] if names else None
         guidance = GUIDANCE if self.config.label_dropout else 1.0  # a null label that was never seen guides nowhere
-        with self.ema_weights(), self.codec.on(self.accelerator.device):
+        with self.state.averaged(), self.codec.on(self.accelerator.device):
             # as many at once as a step has room for
             count, batch_size = rows * _GRID_COLUMNS, self.config.batch_size
             batches = draw_in_batches(self.pipeline(), labels, count, batch_size, guidance_scale=guidance)
