@@ -47,14 +47,14 @@ class TrainingState:
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer_of(model, mixers, run.lr, run.weight_decay))
         # after prepare, which gives every process the weights of the first
         self.ema = EMAModel(model.parameters(), decay=run.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
-        self._ema_device = torch.device("cpu") if run.ema_on_cpu else accelerator.device
-        self.ema.to(self._ema_device)
+        self._ema_on_cpu = run.ema_on_cpu
+        self._place_averages()
 
     def average(self) -> None:
         """Let the averages follow the weights by one step."""
         parameters: list[Tensor] = list(self.model.parameters())
-        if self._ema_device != self.accelerator.device:  # EMAModel averages what wants a gradient, and copies all else
-            parameters = [parameter.detach().to(self._ema_device).requires_grad_() for parameter in parameters]
+        if self._ema_on_cpu:  # EMAModel averages what wants a gradient, and copies all else
+            parameters = [parameter.detach().cpu().requires_grad_() for parameter in parameters]
         self.ema.step(parameters)
 
     @contextlib.contextmanager
@@ -91,11 +91,14 @@ class TrainingState:
                 raise
             raise UserError(f"The checkpoint {folder} is damaged; delete it to go on from the one before.") from error
         self.ema.load_state_dict(averaged)
-        self.ema.to(self._ema_device)
+        self._place_averages()
         generator = torch.load(self._own(folder, "generator", "pt"), map_location="cpu", weights_only=True)
         self.generator.set_state(generator)
         if self.stream is not None:
             self.stream.load_state(json.loads(self._own(folder, "stream", "json").read_text()))
+
+    def _place_averages(self) -> None:
+        self.ema.to("cpu" if self._ema_on_cpu else self.accelerator.device)
 
     def _own(self, folder: Path, name: str, ending: str) -> Path:
         """This process's file of that name."""
