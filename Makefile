@@ -58,12 +58,11 @@ QUALITY = $(BIN)/python benchmarks/quality.py --seconds $(SECONDS)
 
 quality: bench-installed  ## our model beside peers, equal time and equal images; DATA=folder of emoji64x3
 	$(QUALITY) $(if $(DATA),--data $(DATA)) --split tune
-	$(QUALITY) $(if $(DATA),--data $(DATA)) --measure 30
+	$(QUALITY) $(if $(DATA),--data $(DATA)) --models peers ablations --measure 30
 	$(QUALITY) $(if $(DATA),--data $(DATA)) --seeds $(SEEDS) --clock table
 	$(QUALITY) $(if $(DATA),--data $(DATA)) --seeds $(SEEDS) --images 100000
 
-ablations: bench-installed  ## variants of the liquid block, equal time; after quality, which chooses the learning rate
-	$(QUALITY) $(if $(DATA),--data $(DATA)) --models ablations --measure 30
+ablations: bench-installed  ## variants of the liquid block, equal time; after quality, which chooses the learning rate and measures the steps
 	$(QUALITY) $(if $(DATA),--data $(DATA)) --models ablations --seeds $(SEEDS) --clock table
 
 causal: bench-installed  ## the packaged model with its liquid layers disturbed

@@ -231,10 +231,15 @@ def append_rows(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> N
             writer.writerow({"commit": commit.stdout.strip(), **rounded})
 
 
-def step_seconds(name: str, options: argparse.Namespace) -> float:
-    """What a step of a model takes by the newest row of step-time.csv, under these options."""
+def step_times(name: str, options: argparse.Namespace) -> list[dict[str, str]]:
+    """The rows of step-time.csv of a model under these options, oldest first."""
     wanted = {"model": name} | {key: str(getattr(options, key)) for key in ("size", "preset", "optimizer")}
-    found = [row for row in read_rows(STEP_TIMES) if all(row[key] == value for key, value in wanted.items())]
+    return [row for row in read_rows(STEP_TIMES) if all(row[key] == value for key, value in wanted.items())]
+
+
+def step_seconds(name: str, options: argparse.Namespace) -> float:
+    """What a step of a model takes by the newest of its rows."""
+    found = step_times(name, options)
     if not found:
         sys.exit(f"Nobody has measured a step of {name}: run with --measure first.")
     return float(found[-1]["median_ms"]) / 1000
@@ -294,6 +299,9 @@ def plan(options: argparse.Namespace) -> list[tuple[str, int, float]]:
 
 def main() -> None:
     options = parse()
+    if options.measure and all(step_times(name, options) for name in options.models):
+        print("All of them are measured already: other figures would give the seeds to come other steps.")
+        return
     if options.measure:
         Comparison(options).measure(options.models, options.measure)
         return

@@ -105,6 +105,9 @@ def test_equal_time_by_the_table_of_step_times(folder: Path, monkeypatch: pytest
     with pytest.raises(SystemExit, match="Nobody has measured a step of liquid"):
         run("--seconds", "1", "--clock", "table")
     run("--measure", "3")
+    before = (folder / "step-time.csv").read_text()
+    run("--measure", "3")  # seeds to come get the steps of those before
+    assert (folder / "step-time.csv").read_text() == before
     with (folder / "step-time.csv").open() as file:
         measured = {row["model"]: row for row in csv.DictReader(file)}
     assert list(measured) == ["liquid", "plain"]
