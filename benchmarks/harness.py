@@ -27,6 +27,7 @@ _RUN = TrainConfig()  # whose defaults all models are trained with
 _BATCH = 64
 _WARM_UP = 25  # steps; the trainer's 100 would be a quarter of what the slowest peer gets in ten minutes
 _FIT_PICTURES = 256
+_BATCH_OF_A_GPU = 256  # drawn at once
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Budget:
         return f"{self.amount:g} {self.unit}"
 
     def now(self, device: torch.device) -> float:
-        if device.type == "cuda":
+        """Seconds by the clock; a GPU is waited for where they are what the budget is counted in."""
+        if device.type == "cuda" and self.unit == "s" and self.clock != "table":
             torch.cuda.synchronize()
         return time.process_time() if self.clock == "cpu" else time.perf_counter()
 
@@ -82,7 +84,7 @@ class Training:
 
     Args:
         model: on its device, called as model(x, t, labels).
-        dataset: pictures with labels.
+        dataset: pictures with labels, never mirrored.
         codec: fitted.
         lr: after the warm-up.
         seed: of batches, times, noise and hidden labels.
@@ -101,7 +103,7 @@ class Training:
         time_shift: float = 1.0,
         optimizer: str = "adamw",
     ) -> None:
-        self.model, self.dataset, self.codec, self.lr = model, dataset, codec, lr
+        self.model, self.codec, self.lr = model, codec, lr
         self.times, self.time_shift = times, time_shift
         self.device = next(model.parameters()).device
         mixers = channel_mixers(model) if optimizer == "muon" else []
@@ -109,28 +111,31 @@ class Training:
         self.ema = EMAModel(model.parameters(), decay=_RUN.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.batches = iter(ShuffledBatches(len(dataset), _BATCH, seed))
+        images, labels, _ = collate([dataset.picture(i) for i in range(len(dataset))])
+        self.images, self.labels = images.to(self.device), labels.to(self.device)  # a GPU would wait for each batch
+        self.null_label = len(dataset.label_names)
         compile_for_training(model)
 
-    def _loss(self, generator: torch.Generator, keys: Sequence[tuple[int, int]]) -> Tensor:
-        images, labels, _ = collate([self.dataset[key] for key in keys])
-        x0 = self.codec.encode(to_float(images.to(self.device)))
+    def _loss(self, generator: torch.Generator, indices: Sequence[int]) -> Tensor:
+        chosen = torch.tensor(indices).to(self.device, non_blocking=True)
+        x0 = self.codec.encode(to_float(self.images[chosen]))
         t = sample_times(len(x0), self.times, generator, self.time_shift)
         noise = torch.randn(x0.shape, generator=generator, device=self.device)
         hidden = torch.rand(len(x0), generator=generator, device=self.device) < _RUN.label_dropout
-        labels = labels.to(self.device).masked_fill(hidden, len(self.dataset.label_names))
+        labels = self.labels[chosen].masked_fill(hidden, self.null_label)
         return flow_loss(predict(self.model, interpolate(x0, noise, t), t, labels), velocity(x0, noise))
 
     def warm_up(self) -> None:
         """Two steps without an update: the model is compiled and memory is taken before the clock starts."""
         for _ in range(2):
-            self._loss(torch.Generator(self.device).manual_seed(0), [(0, i) for i in range(_BATCH)]).backward()
+            self._loss(torch.Generator(self.device).manual_seed(0), range(_BATCH)).backward()
             self.optimizer.zero_grad(set_to_none=True)
 
     def step(self, factor: float = 1.0) -> Tensor:
         """One step at a share of the learning rate; its loss ()."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * factor
-        loss = self._loss(self.generator, next(self.batches))
+        loss = self._loss(self.generator, [index for _, index in next(self.batches)])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), _RUN.max_grad_norm)
         self.optimizer.step()
@@ -209,8 +214,9 @@ def draw(model: nn.Module, codec: Codec, labels: Tensor, size: int, steps: int, 
     """A picture (3, size, size) uint8 for each label, on the CPU, without guidance; picture i has the seed i."""
     device = next(model.parameters()).device
     side, pictures = size // codec.factor, []
-    for start in range(0, len(labels), _BATCH):
-        some = labels[start : start + _BATCH].to(device)
+    at_once = _BATCH if device.type == "cpu" else _BATCH_OF_A_GPU
+    for start in range(0, len(labels), at_once):
+        some = labels[start : start + at_once].to(device)
         draws = seeded_generators(start, len(some))
         x = torch.stack([torch.randn(codec.channels, side, side, generator=draw) for draw in draws]).to(device)
         for step in sample_steps(lambda x, t, some=some: predict(model, x, t, some), x, make_scheduler(solver), steps):

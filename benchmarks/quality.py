@@ -171,16 +171,19 @@ class Comparison:
             middle = statistics.median(some)
             facts = {key: getattr(self.options, key) for key in ("size", "preset", "optimizer")}
             found = {"median_ms": middle, "least_ms": min(some), "most_ms": max(some), "runs": runs}
-            threads = {"machine": machine(self.device), "threads": torch.get_num_threads()}
+            threads = {"machine": machine(self.device), "threads": self._threads()}
             rows.append({"model": name, **facts, **found, **threads})
             print(f"{name}: {middle:.1f} ms a step ({min(some):.1f} to {max(some):.1f})", flush=True)
         append_rows(STEP_TIMES, STEP_TIME_COLUMNS, rows)
+
+    def _threads(self) -> int | str:
+        return torch.get_num_threads() if self.device.type == "cpu" else ""
 
     def _facts(self, name: str, seed: int, lr: float, budget: Budget) -> dict[str, Any]:
         """What makes a training the one it is."""
         return {
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else platform.machine(),
-            "threads": torch.get_num_threads() if self.device.type == "cpu" else "",
+            "threads": self._threads(),
             "split": self.options.split,
             "size": self.options.size,
             "preset": self.options.preset,
@@ -232,9 +235,12 @@ def append_rows(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> N
 
 
 def step_times(name: str, options: argparse.Namespace) -> list[dict[str, str]]:
-    """The rows of step-time.csv of a model under these options, oldest first."""
+    """The rows of step-time.csv of a model under these options, oldest first: of any CPU, or of this very GPU."""
     wanted = {"model": name} | {key: str(getattr(options, key)) for key in ("size", "preset", "optimizer")}
-    return [row for row in read_rows(STEP_TIMES) if all(row[key] == value for key, value in wanted.items())]
+    if torch.cuda.is_available():
+        wanted["machine"] = torch.cuda.get_device_name()
+    rows = [row for row in read_rows(STEP_TIMES) if all(row[key] == value for key, value in wanted.items())]
+    return rows if torch.cuda.is_available() else [row for row in rows if row["threads"]]
 
 
 def step_seconds(name: str, options: argparse.Namespace) -> float:
@@ -271,7 +277,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--draw", action="store_true", help="only draw what the CSV holds")
     options = parser.parse_args()
     groups = {"peers": list(PEERS), "ablations": list(ABLATIONS)}
-    options.models = [name for given in options.models for name in groups.get(given, [given])]
+    options.models = list(dict.fromkeys(name for given in options.models for name in groups.get(given, [given])))
     options.fractions = sorted({*options.fractions, 1.0})
     unknown = [name for name in options.models if name not in PEERS and name not in ABLATIONS]
     if unknown:

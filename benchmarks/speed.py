@@ -11,6 +11,7 @@ that suits them. Rows are appended to benchmarks/results/speed.csv; the figures 
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import platform
 import statistics
@@ -27,7 +28,7 @@ from peers import EagerLiquidUNet, check_size, compile_for_training, dit, unet2d
 from torch import Tensor, nn
 
 from liquid_diffusion.codecs import AutoencoderCodec, PixelCodec
-from liquid_diffusion.compile import compile_for_sampling
+from liquid_diffusion.compile import CompiledVelocity, compile_for_sampling
 from liquid_diffusion.estimate import SD_VAE
 from liquid_diffusion.export import export_onnx
 from liquid_diffusion.hardware import fastest_dtype, keep_freed_memory
@@ -37,6 +38,7 @@ from liquid_diffusion.sampling import make_scheduler, solver_times
 
 RESULTS = Path(__file__).parent / "results"
 CHANNELS, CLASSES, STEPS = 4, 9, 25
+_CALLS_ON_A_GPU = 10
 COLUMNS = [
     "commit",
     "machine",
@@ -80,16 +82,21 @@ def build(name: str, size: int, device: torch.device) -> dict[str, nn.Module]:
 
 
 def take_turns(functions: dict[str, Callable[[], object]], runs: int, device: torch.device) -> dict[str, list[float]]:
-    """Milliseconds of each run of each function, one after the other, after one that is not counted."""
+    """Milliseconds of a call of each function in each run, one after the other, after one that is not counted.
+
+    On a GPU a run is as many calls as a loop would make without waiting for their results, and their mean.
+    """
     times: dict[str, list[float]] = {name: [] for name in functions}
+    calls = _CALLS_ON_A_GPU if device.type == "cuda" else 1
     for run in range(runs + 1):
         for name, function in functions.items():
             start = time.perf_counter()
-            function()
+            for _ in range(calls):
+                function()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             if run:
-                times[name].append(1000 * (time.perf_counter() - start))
+                times[name].append(1000 * (time.perf_counter() - start) / calls)
     return times
 
 
@@ -181,6 +188,45 @@ def samplings(models: dict[str, nn.Module], batch: int, size: int, device: torch
     }
 
 
+def compiled_samplings(
+    models: dict[str, nn.Module], batch: int, size: int, device: torch.device
+) -> dict[str, Callable]:
+    """One evaluation on a GPU without launches from Python: ours as it is sampled, peers in the same dtype.
+
+    A peer is recorded as a CUDA graph like ours, as it is and with its kernels fused by torch.compile; ours in the
+    latter way too, which `sample` does not do: it would compile for longer than it draws.
+    """
+    ours, times, x, t, labels = evaluation(models, batch, size, device)
+    dtype = fastest_dtype(device)
+    sampler = compile_for_sampling(ours, times, labels[:1])
+    assert isinstance(sampler, CompiledVelocity)
+    latents, row = x.to(dtype), sampler.steps[3:4]
+    fused = torch.compile(sampler._forward, dynamic=False)
+    functions: dict[str, Callable] = {OURS: lambda: sampler(x, t)}
+    with torch.no_grad():
+        functions[f"{OURS}, fused"] = recorded(lambda: fused(latents, row))
+        for name in ("UNet2DModel", "DiTTransformer2DModel"):
+            peer = copy.deepcopy(models[name]).to(dtype).eval()
+            functions[name] = recorded(lambda peer=peer: peer(latents, t, labels))
+            peer = torch.compile(peer, dynamic=False)
+            functions[f"{name}, fused"] = recorded(lambda peer=peer: peer(latents, t, labels))
+    return functions
+
+
+def recorded(function: Callable[[], object]) -> Callable[[], object]:
+    """A function of fixed inputs as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
 def edge(models: dict[str, nn.Module], batch: int, size: int, device: torch.device) -> dict[str, Callable]:
     """One evaluation in float32, for machines without a matrix unit: PyTorch beside onnxruntime."""
     import onnxruntime
@@ -227,6 +273,7 @@ def with_decoder(models: dict[str, nn.Module], batch: int, size: int, device: to
 
 TASKS: dict[str, Callable[..., dict[str, Callable]]] = {
     "evaluation": samplings,
+    "evaluation, all compiled": compiled_samplings,
     "training step": training_steps,
     "training step, all compiled": compiled_steps,
     "evaluation in float32": edge,
@@ -240,6 +287,8 @@ def is_worth_it(task: str, batch: int, size: int, device: torch.device) -> bool:
         return batch > 1 and (device.type != "cpu" or size <= 64)
     if task == "training step, all compiled":  # UNet2DModel takes two minutes of compilation
         return batch > 1 and size == 32
+    if task == "evaluation, all compiled":
+        return device.type == "cuda" and batch > 1
     if task == "evaluation in float32":
         return device.type == "cpu" and size == 32
     if task == "sampling with decoder":
@@ -268,12 +317,12 @@ def measure(preset: str, sizes: list[int], batches: list[int], tasks: list[str],
                     for name, some in times.items():
                         middle = statistics.median(some)
                         row = [commit.stdout.strip(), machine(device), task, preset, name, batch, size]
-                        writer.writerow([*row, f"{middle:.1f}", f"{min(some):.1f}", f"{max(some):.1f}", runs])
+                        digits = 1 if device.type == "cpu" else 3
+                        figures = [f"{value:.{digits}f}" for value in (middle, min(some), max(some))]
+                        writer.writerow([*row, *figures, runs])
                         ratio = middle / statistics.median(times[OURS])
-                        print(
-                            f"{task:22} {preset} batch {batch} latent {size:3} {name:26}{middle:9.1f} ms {ratio:6.2f}",
-                            flush=True,
-                        )
+                        case = f"{task:22} {preset} batch {batch} latent {size:3} {name:26}"
+                        print(f"{case}{figures[0]:>9} ms {ratio:6.2f}", flush=True)
                     file.flush()
 
 

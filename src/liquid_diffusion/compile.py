@@ -12,7 +12,8 @@ What is rewritten, all of it exactly:
 - where all pictures have one condition, scale and shift of the modulation become weight and bias of the norm, and
   the rows of the table are multiplied into the convolutions, which add to the residual stream themselves;
 - the three depthwise kernels become one;
-- weights are converted to the sampling dtype, and on a CPU to the layout of its matrix unit, once.
+- weights are converted to the sampling dtype, and on a CPU to the layout of its matrix unit, once;
+- on a GPU the whole evaluation is recorded as a CUDA graph at its second call and replayed from then on.
 
 Shapes: B batch, C channels, H W height and width, T width of the condition embedding, R rows of the table.
 """
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import functools
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -95,8 +96,11 @@ class _Convolution:
             return torch.ops.mkldnn._convolution_pointwise(
                 z, weight, bias, *geometry, "swish" if self.silu else "none", [], "none"
             )
-        y = F.conv2d(z, weight, bias, self.stride, self.padding, 1, self.groups)
-        return F.silu(y) if self.silu else y
+        if z.is_cuda and weight.shape[2] == 1:  # cuBLAS adds the bias itself, cuDNN's convolution in another kernel
+            y = F.linear(z.permute(0, 2, 3, 1), weight[:, :, 0, 0], bias).permute(0, 3, 1, 2)
+        else:
+            y = F.conv2d(z, weight, bias, self.stride, self.padding, 1, self.groups)
+        return F.silu(y, inplace=True) if self.silu else y
 
     def __call__(self, z: Tensor) -> Tensor:
         """z (B, C, H, W) -> (B, C', H', W')."""
@@ -151,7 +155,7 @@ class _FoldedBlock:
             weight, bias = torch.stack(weight.chunk(2)).mean(0), torch.stack(bias.chunk(2)).mean(0)
             scale, shift = take, torch.zeros_like(take)
         rows = [1 + m[0], m[1], keep, take, scale, shift, 1 + m[3], m[4], m[5]]
-        self.table = torch.cat(rows, 1).to(dtype)[..., None, None]  # (R, sum of the widths, 1, 1)
+        self.table = torch.cat(rows, 1).to(dtype)  # (R, sum of the widths)
         self.widths = [part.shape[1] for part in rows]
         self.backbone = _Convolution.of(cfc.backbone, dtype, silu=True)
         self.heads = _Convolution(weight, bias, dtype)
@@ -161,9 +165,9 @@ class _FoldedBlock:
         self.pool_gate = _Convolution(pool.weight[:, :, None, None], pool.bias, dtype)
         self.project = _Convolution.of(mix.project, dtype)
 
-    def __call__(self, x: Tensor, rows: Tensor | slice) -> Tensor:
-        """x (B, C, H, W), which is overwritten, and the rows of its pictures: (B,), or one row for all."""
-        v = self.table[rows].split(self.widths, dim=1)  # 9 x (B or 1, C or 3 C, 1, 1)
+    def __call__(self, x: Tensor, vectors: Tensor) -> Tensor:
+        """x (B, C, H, W), which is overwritten, and the rows of the table for its pictures, or one for all."""
+        v = vectors[..., None, None].split(self.widths, dim=1)  # 9 x (B or 1, C or 3 C, 1, 1)
         u = _modulated_norm(x, v[0], v[1])
         x.addcmul_(u, v[2])
         self._add_gate(x, self.backbone(u), v[3], v[4], v[5])
@@ -187,6 +191,29 @@ class _FoldedBlock:
             x.addcmul_(torch.addcmul(h, gate, difference), take)
 
 
+class _Recording:
+    """A forward pass on a GPU, recorded for one shape of its inputs as a CUDA graph.
+
+    At these sizes a kernel takes less time than its launch from Python; a replay launches all of them at once.
+
+    Args:
+        forward: what is recorded, called as forward(x, rows); it may not look at values.
+        x, rows: of the shapes that it will be called with; it has run with such before, so that the libraries have
+            chosen their kernels.
+    """
+
+    def __init__(self, forward: Callable[[Tensor, Tensor], Tensor], x: Tensor, rows: Tensor) -> None:
+        self.x, self.rows, self.graph = x.clone(), rows.clone(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads may use the GPU meanwhile
+            self.out = forward(self.x, self.rows)
+
+    def __call__(self, x: Tensor, rows: Tensor) -> Tensor:
+        self.x.copy_(x)
+        self.rows.copy_(rows)
+        self.graph.replay()
+        return self.out.clone()  # the next replay writes over it
+
+
 class CompiledVelocity:
     """v(x, t) of a model for the times of one schedule; made by `compile_for_sampling`.
 
@@ -198,6 +225,7 @@ class CompiledVelocity:
     ) -> None:
         self.device, self.dtype, self.guidance = model.device, dtype, guidance
         self._step = {round(t, 6): i for i, t in enumerate(sorted(set(times)))}
+        self.steps = torch.arange(len(self._step), device=self.device)
         t = torch.tensor(sorted(set(times)), device=self.device)
         classes = model.config["num_classes"]
         if labels is None and classes:
@@ -214,7 +242,11 @@ class CompiledVelocity:
             conditions = model.condition(t.repeat_interleave(len(unique)), unique.repeat(len(t)))
 
         def blocks(stage: nn.Module) -> list[_FoldedBlock]:
-            return [_FoldedBlock(cast("LiquidBlock", block), conditions, dtype) for block in stage.children()]
+            made = [_FoldedBlock(cast("LiquidBlock", block), conditions, dtype) for block in stage.children()]
+            tables.extend(block.table for block in made)
+            return made
+
+        tables: list[Tensor] = []  # in the order in which the blocks are run
 
         def convolutions(layers: nn.Module) -> list[_Convolution]:
             return [_Convolution.of(layer, dtype) for layer in layers.children() if isinstance(layer, nn.Conv2d)]
@@ -229,6 +261,8 @@ class CompiledVelocity:
         self.groups, self.eps = model.norm.num_groups, model.norm.eps
         self.norm_weight, self.norm_bias = model.norm.weight.to(dtype), model.norm.bias.to(dtype)
         self.head = _Convolution.of(model.head, dtype)
+        self.table, self.table_widths = torch.cat(tables, 1), [table.shape[1] for table in tables]
+        self.recordings: dict[torch.Size, _Recording | None] = {}  # of a GPU; None for a shape that was met once
 
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
@@ -243,45 +277,56 @@ class CompiledVelocity:
         batch = 2 * len(x) if self.guided else len(x)
         if len(self.rows) not in (1, 2 * self.guided, batch):
             raise ValueError(f"compiled for a batch of {len(self.rows)} pictures, called with {batch}")
-        rows: Tensor | slice
         if self.labels_per_step == 1:
-            rows = slice(step, step + 1)
+            rows = self.steps[step : step + 1]
         else:
             rows = (step * self.labels_per_step + self.rows).repeat_interleave(batch // len(self.rows))
         z = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        v = self._in_parts(torch.cat([z, z]) if self.guided else z, rows).to(x.dtype)
+        v = self._evaluate(torch.cat([z, z]) if self.guided else z, rows).to(x.dtype)
         if not self.guided:
             return v
         v_label, v_null = v.chunk(2)
         return torch.lerp(v_null, v_label, self.guidance)
 
-    def _in_parts(self, x: Tensor, rows: Tensor | slice) -> Tensor:
-        """As many pictures at a time as a CPU's cache holds; a GPU wants all at once."""
+    def _evaluate(self, x: Tensor, rows: Tensor) -> Tensor:
+        """As many pictures at a time as a CPU's cache holds; a GPU wants all at once, and recorded."""
+        if self.device.type == "cuda":
+            return self._recorded(x, rows)
         stem_channels, itemsize = len(self.norm_weight), x.element_size()
         at_once = max(1, _CACHE_BYTES // (stem_channels * x.shape[2] * x.shape[3] * itemsize))
         if self.device.type != "cpu" or len(x) <= at_once:
             return self._forward(x, rows)
         parts = x.split(at_once)
-        some = rows.split(at_once) if isinstance(rows, Tensor) else [rows] * len(parts)
+        some = rows.split(at_once) if len(rows) > 1 else [rows] * len(parts)
         return torch.cat([self._forward(part, row) for part, row in zip(parts, some, strict=True)])
 
-    def _forward(self, x: Tensor, rows: Tensor | slice) -> Tensor:
+    def _recorded(self, x: Tensor, rows: Tensor) -> Tensor:
+        if x.shape not in self.recordings:
+            self.recordings[x.shape] = None
+            return self._forward(x, rows)
+        recording = self.recordings[x.shape] or _Recording(self._forward, x, rows)
+        self.recordings[x.shape] = recording
+        return recording(x, rows)
+
+    def _forward(self, x: Tensor, rows: Tensor) -> Tensor:
+        """x (B, C, H, W) and rows of the table, (B,) or (1,) for all -> (B, C, H, W)."""
+        vectors = iter(self.table[rows].split(self.table_widths, dim=1))
         first, second = self.stem
         x = second(F.silu(first(x), inplace=True))
         skips = []
         for i, stage in enumerate(self.encoder):
             for block in stage:
-                x = block(x, rows)
+                x = block(x, next(vectors))
             skips.append(x)
             x = self.downsamples[i](x) if i < len(self.downsamples) else x.clone()
         for block in self.bottleneck:
-            x = block(x, rows)
+            x = block(x, next(vectors))
         for i, stage in enumerate(self.decoder):
             if i > 0:
                 x = self.upsamples[i - 1](F.interpolate(x, scale_factor=2.0, mode="nearest"))
             x = self.fuses[i](torch.cat([x, skips.pop()], dim=1))
             for block in stage:
-                x = block(x, rows)
+                x = block(x, next(vectors))
         return self.head(F.silu(F.group_norm(x, self.groups, self.norm_weight, self.norm_bias, self.eps)))
 
 

@@ -82,24 +82,28 @@ class Muon(torch.optim.AdamW):
         return super().step(closure)  # which passes over what has no gradient
 
     def _step_orthogonal(self, group: dict[str, Any]) -> None:
+        weights = [weight for weight in group["params"] if weight.grad is not None]
+        if not weights:
+            return
+        for weight in weights:
+            if not self.state[weight]:
+                # the step is not needed here; AdamW looks for it in all that it loads
+                self.state[weight] = {"step": torch.zeros(()), "momentum": torch.zeros_like(weight)}
+        gradients = [weight.grad for weight in weights]
+        momenta = [self.state[weight]["momentum"] for weight in weights]
+        torch._foreach_lerp_(momenta, gradients, 1 - _MOMENTUM)
+        updates = torch._foreach_lerp(gradients, momenta, _MOMENTUM)  # Nesterov's
         by_shape: dict[tuple[int, int], list[tuple[nn.Parameter, Tensor]]] = defaultdict(list)
-        for weight in group["params"]:
-            if weight.grad is None:
-                continue
-            state = self.state[weight]
-            if not state:
-                state["step"] = torch.zeros(())  # not needed here; AdamW looks for it in all that it loads
-                state["momentum"] = torch.zeros_like(weight)
-            state["momentum"].lerp_(weight.grad, 1 - _MOMENTUM)
-            update = weight.grad.lerp(state["momentum"], _MOMENTUM).flatten(1)  # Nesterov's
-            by_shape[update.shape[0], update.shape[1]].append((weight, update))
+        for weight, update in zip(weights, updates, strict=True):
+            matrix = update.flatten(1)
+            by_shape[matrix.shape[0], matrix.shape[1]].append((weight, matrix))
             weight.grad = None
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
         for (rows, columns), chosen in by_shape.items():  # of one shape at once: few products, large ones
-            updates = orthogonalise(torch.stack([update for _, update in chosen]))
+            matrices = orthogonalise(torch.stack([matrix for _, matrix in chosen]))
+            shaped = [matrix.view(weight.shape) for (weight, _), matrix in zip(chosen, matrices, strict=True)]
             size = _UPDATE_SIZE * max(rows, columns) ** 0.5
-            for (weight, _), update in zip(chosen, updates, strict=True):
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(update.view(weight.shape), alpha=-group["lr"] * size)
+            torch._foreach_add_([weight for weight, _ in chosen], shaped, alpha=-group["lr"] * size)
 
 
 def optimizer_of(model: nn.Module, mixers: Iterable[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.AdamW:
