@@ -4,7 +4,8 @@
     python benchmarks/gpu.py --checks memory
 
 - equality: the sampler, recorded as a CUDA graph, beside the model itself, in float32 and without TF32;
-- precision: training steps in bf16 and fp16, eager and compiled: finite losses and weights, and a loss that falls;
+- precision: training steps in bf16 and fp16, as they are and compiled and recorded: finite losses and weights, a loss
+  that falls, and the same one either way;
 - memory: the most that a training takes in its three moments, which benchmarks/memory.py sets beside the estimate;
 - kernels: convolutions of the block's shapes in the layouts and calls that could serve them.
 """

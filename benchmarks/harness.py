@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ from liquid_diffusion.hardware import fastest_dtype
 from liquid_diffusion.sampling import make_scheduler, sample_steps, seeded_generators
 from liquid_diffusion.training.learning_rate import learning_rate_factor
 from liquid_diffusion.training.optimizer import optimizer_of
+from liquid_diffusion.training.recording import RecordedGradients
 
 _RUN = TrainConfig()  # whose defaults all models are trained with
 _BATCH = 64
@@ -114,34 +115,46 @@ class Training:
         images, labels, _ = collate([dataset.picture(i) for i in range(len(dataset))])
         self.images, self.labels = images.to(self.device), labels.to(self.device)  # a GPU would wait for each batch
         self.null_label = len(dataset.label_names)
+        self.gradients: Callable[..., Tensor] = self._gradients
         compile_for_training(model)
 
-    def _loss(self, generator: torch.Generator, indices: Sequence[int]) -> Tensor:
+    def _problem(self, generator: torch.Generator, indices: Sequence[int]) -> tuple[Tensor, ...]:
+        """Points of paths, their times, labels, and the velocities there."""
         chosen = torch.tensor(indices).to(self.device, non_blocking=True)
         x0 = self.codec.encode(to_float(self.images[chosen]))
         t = sample_times(len(x0), self.times, generator, self.time_shift)
         noise = torch.randn(x0.shape, generator=generator, device=self.device)
         hidden = torch.rand(len(x0), generator=generator, device=self.device) < _RUN.label_dropout
         labels = self.labels[chosen].masked_fill(hidden, self.null_label)
-        return flow_loss(predict(self.model, interpolate(x0, noise, t), t, labels), velocity(x0, noise))
+        return interpolate(x0, noise, t), t, labels, velocity(x0, noise)
+
+    def _gradients(self, x: Tensor, t: Tensor, labels: Tensor, target: Tensor) -> Tensor:
+        loss = flow_loss(predict(self.model, x, t, labels), target)
+        loss.backward()
+        return loss.detach()
 
     def warm_up(self) -> None:
-        """Two steps without an update: the model is compiled and memory is taken before the clock starts."""
+        """Two steps without an update: the model is compiled and memory is taken before the clock starts.
+
+        On a GPU its passes are recorded, as the trainer does.
+        """
+        problem = self._problem(torch.Generator(self.device).manual_seed(0), range(_BATCH))
         for _ in range(2):
-            self._loss(torch.Generator(self.device).manual_seed(0), range(_BATCH)).backward()
+            self._gradients(*problem)
             self.optimizer.zero_grad(set_to_none=True)
+        if self.device.type == "cuda":
+            self.gradients = RecordedGradients(self._gradients, list(self.model.parameters()), problem)
 
     def step(self, factor: float = 1.0) -> Tensor:
         """One step at a share of the learning rate; its loss ()."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * factor
-        loss = self._loss(self.generator, [index for _, index in next(self.batches)])
-        loss.backward()
+        loss = self.gradients(*self._problem(self.generator, [index for _, index in next(self.batches)]))
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), _RUN.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema.step(self.model.parameters())
-        return loss.detach()
+        return loss
 
     def points(self, budget: Budget, fractions: Sequence[float]) -> Iterator[Point]:
         """Train, stopping at each share of the budget.

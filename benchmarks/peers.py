@@ -183,9 +183,9 @@ def compile_for_training(model: nn.Module) -> None:
     """
     torch.compiler.reset()
     if isinstance(model, LiquidUNet):
-        model.compile_repeated_blocks()
+        model.compile_repeated_blocks(dynamic=False)
     else:
-        model.compile()
+        model.compile(dynamic=False)
 
 
 def check_size(peer: nn.Module, parameters: int) -> None:

@@ -35,6 +35,7 @@ from liquid_diffusion.hardware import fastest_dtype, keep_freed_memory
 from liquid_diffusion.models.unet import LiquidUNet
 from liquid_diffusion.pipeline import LiquidDiffusionPipeline
 from liquid_diffusion.sampling import make_scheduler, solver_times
+from liquid_diffusion.training.recording import RecordedGradients
 
 RESULTS = Path(__file__).parent / "results"
 CHANNELS, CLASSES, STEPS = 4, 9, 25
@@ -106,7 +107,7 @@ def batch_of(batch: int, size: int, device: torch.device) -> tuple[Tensor, Tenso
 
 
 def training_steps(models: dict[str, nn.Module], batch: int, size: int, device: torch.device) -> dict[str, Callable]:
-    """Forward, backward and AdamW: ours as the trainer has it on a CPU, compiled, and as it is; others as they are."""
+    """Forward, backward and AdamW: ours as the trainer has it, compiled, and as it is; others as they are."""
     eager = {f"{name}, not compiled" if name == OURS else name: model for name, model in models.items()}
     return steps_of({OURS: models[OURS]}, batch, size, device, "default") | steps_of(
         eager, batch, size, device, "force_eager"
@@ -122,16 +123,15 @@ def compiled_steps(models: dict[str, nn.Module], batch: int, size: int, device: 
 def steps_of(
     models: dict[str, nn.Module], batch: int, size: int, device: torch.device, stance: str
 ) -> dict[str, Callable]:
-    """Training steps under a stance of torch.compile: "default" or "force_eager"."""
-    x, t, labels = batch_of(batch, size, device)
+    """Training steps under a stance of torch.compile: "default", on a GPU recorded too, or "force_eager"."""
+    batch_given = batch_of(batch, size, device)
     dtype = fastest_dtype(device)
 
     def step_of(model: nn.Module) -> Callable[[], None]:
-        if stance == "default":  # before any of them takes a step: it forgets what was compiled
-            compile_for_training(model)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        parameters = list(model.parameters())
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
 
-        def step() -> None:
+        def compute(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
             with (
                 torch.compiler.set_stance(stance),
                 torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
@@ -139,11 +139,21 @@ def steps_of(
                 out = model(x, t, labels)
             loss = nn.functional.mse_loss((out if isinstance(out, Tensor) else out.sample).float(), x)
             loss.backward()
+            return loss.detach()
+
+        recorded = stance == "default" and device.type == "cuda"
+        gradients = RecordedGradients(compute, parameters, batch_given) if recorded else compute
+
+        def step() -> None:
+            gradients(*batch_given)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
         return step
 
+    if stance == "default":  # all of them before the first step: it forgets what was compiled
+        for model in models.values():
+            compile_for_training(model)
     return {name: step_of(model) for name, model in models.items()}
 
 
@@ -224,7 +234,12 @@ def recorded(function: Callable[[], object]) -> Callable[[], object]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         function()
-    return graph.replay
+
+    def replay(alive: Callable[[], object] = function) -> None:  # whose weights the graph reads
+        del alive
+        graph.replay()
+
+    return replay
 
 
 def edge(models: dict[str, nn.Module], batch: int, size: int, device: torch.device) -> dict[str, Callable]:

@@ -37,7 +37,8 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     x = (x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)).to(fastest_dtype(x.device))
     for _ in range(_ITERATIONS):
         product = x @ x.mT  # (N, R, R)
-        x = a * x + (b * product + c * product @ product) @ x
+        polynomial = torch.baddbmm(product, product, product, beta=b, alpha=c)  # (N, R, R)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
     return (x if wide else x.mT).to(matrices.dtype)
 
 
