@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/quickstart
 
-.PHONY: quickstart test lint docs liquid-figures bench bench-depthwise bench-data bench-memory bench-precision package quality ablations causal figures ship bench-installed install clean
+.PHONY: quickstart test lint docs liquid-figures bench bench-depthwise bench-data bench-memory bench-precision bench-gpu package quality ablations causal figures ship bench-installed install clean
 
 quickstart: install  ## train on the emoji, draw pictures, and show the nearest training picture of each
 	$(BIN)/liquid-diffusion train --out $(RUN)
@@ -46,6 +46,12 @@ package: install  ## build, install the wheel in a fresh environment, and use it
 
 bench-data: install  ## pictures a second from files, parquet, a stream and cached latents, and how long a step waits
 	$(BIN)/python benchmarks/data.py
+	$(BIN)/python benchmarks/performance_tables.py
+
+bench-gpu: bench-installed  ## equality, precision, memory, kernels and speed on a CUDA card
+	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/profile_step.py
 	$(BIN)/python benchmarks/performance_tables.py
 
 bench-memory: install  ## what training takes of a GPU's memory, estimated

@@ -47,9 +47,11 @@ def beside(found: dict[Case, dict[str, Row]], header: list[str], places: list[in
 
 
 def speed_tables(rows: list[Row]) -> dict[str, str]:
-    """Tables of the machine with AMX, and one of what was measured without it."""
+    """Tables of the machine with AMX, one of what was measured without it, and two of a GPU."""
     found = cases([row for row in rows if row["machine"].endswith("AMX")])
     without = cases([row for row in rows if row["machine"].endswith("AVX512_BF16")])
+    gpu = cases([row for row in rows if row["machine"].startswith("NVIDIA")])
+    alike = {case: gpu.pop(case) for case in list(gpu) if case[0].endswith("all compiled")}
 
     def of(task: str, preset: str | None = None) -> dict[Case, dict[str, Row]]:
         return {case: models for case, models in found.items() if case[0] == task and preset in (None, case[1])}
@@ -64,6 +66,8 @@ def speed_tables(rows: list[Row]) -> dict[str, str]:
         "evaluation": beside(of("evaluation", "tiny"), ["batch", "latent"], [2, 3]),
         "training step": beside(of("training step", "tiny"), ["batch", "latent"], [2, 3]),
         "without AMX": beside(without, ["task", "batch", "latent"], [0, 2, 3]),
+        "gpu": beside(gpu, ["task", "batch", "latent"], [0, 2, 3]),
+        "gpu, all alike": beside(alike, ["batch", "latent"], [2, 3]),
         "all compiled": beside(of("training step, all compiled", "tiny"), ["batch", "latent"], [2, 3]),
         "presets": beside(largest, ["task", "preset"], [0, 1]),
         "float32": beside(of("evaluation in float32", "tiny"), ["batch", "latent"], [2, 3]),
@@ -112,6 +116,40 @@ def memory_table(rows: list[Row]) -> str:
     return markdown(["batch 8, bfloat16, GB", *ways], lines) if rows else NOT_YET
 
 
+def beside_gpu_table(rows: list[Row]) -> str:
+    """Estimate and measurement of trainings on a GPU, in the moments when they may take most."""
+    moments = ("step", "grid", "encoding")
+
+    def what(row: Row) -> str:
+        ways = {"gradient_checkpointing": "gradient checkpointing", "ema_on_cpu": "averages on the CPU"}
+        chosen = [words for name, words in ways.items() if row[name] == "True"]
+        return ", ".join([row["model"], f"{row['image_size']} px", row["precision"], *chosen])
+
+    def pair(row: Row, moment: str) -> str:
+        measured, estimated = row[f"{moment}_measured"], row[f"{moment}_estimated"]
+        return f"{measured}, {float(estimated) / float(measured) - 1:+.0%}" if measured else ""
+
+    lines = [[what(row), *(pair(row, moment) for moment in moments)] for row in rows]
+    return markdown(["batch 8, GB", *moments], lines) if rows else NOT_YET
+
+
+def step_time_table(rows: list[Row]) -> str:
+    """Training steps of benchmarks/quality.py on a GPU, all compiled and recorded."""
+    rows = [row for row in rows if row["machine"].startswith("NVIDIA")]
+    if not rows:
+        return NOT_YET
+    ours = next(float(row["median_ms"]) for row in rows if row["model"] == "liquid")
+    lines = [
+        [
+            row["model"],
+            f"{float(row['median_ms']):.1f} ({float(row['least_ms']):.1f} to {float(row['most_ms']):.1f})",
+            f"**{float(row['median_ms']) / ours:.2f} x**",
+        ]
+        for row in rows
+    ]
+    return markdown(["model", "training step, ms", "beside ours"], lines)
+
+
 def precision_table(rows: list[Row]) -> str:
     """float32 beside bfloat16, a line for each machine and computation."""
     lines = [
@@ -145,6 +183,8 @@ def main() -> None:
     tables = speed_tables(read_rows(RESULTS / "speed.csv"))
     tables["profile"] = profile_table(read_rows(RESULTS / "profile.csv"))
     tables["roofline"] = roofline_table(read_rows(RESULTS / "roofline.csv"))
+    tables["steps on a GPU"] = step_time_table(read_rows(RESULTS / "step-time.csv"))
+    tables["memory beside a GPU"] = beside_gpu_table(read_rows(RESULTS / "memory-beside-gpu.csv"))
     tables["memory"] = memory_table(read_rows(RESULTS / "memory.csv"))
     tables["precision"] = precision_table(read_rows(RESULTS / "precision.csv"))
     tables["reading"] = reading_table(read_rows(RESULTS / "data.csv"))

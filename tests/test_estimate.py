@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from liquid_diffusion.cli import main
 from liquid_diffusion.config import EncodeConfig, EstimateConfig
 from liquid_diffusion.errors import UserError
-from liquid_diffusion.estimate import SD_VAE, _autoencoder_on_fakes, _moments, estimate, largest_batch, shortage
+from liquid_diffusion.estimate import SD_VAE, _autoencoder_on_fakes, estimate, largest_batch, moments, shortage
 from liquid_diffusion.models.unet import LiquidUNet
 
 NANO = EstimateConfig(model="nano", image_size=64, batch_size=4, codec="pixels", num_classes=9)
@@ -90,28 +92,28 @@ def small_vae(monkeypatch: pytest.MonkeyPatch) -> Iterator[AutoencoderKL]:
     """An autoencoder of the SD-VAE's kind, but smaller, which the estimate then means too."""
     small = {**SD_VAE, "block_out_channels": [128, 32, 64, 64], "layers_per_block": 1, "norm_num_groups": 8}
     monkeypatch.setattr("liquid_diffusion.estimate.SD_VAE", small)
-    for remembered in (_autoencoder_on_fakes, _moments):
+    for remembered in (_autoencoder_on_fakes, moments):
         remembered.cache_clear()
     yield AutoencoderKL(**small).eval().to(memory_format=torch.channels_last)  # as the codec has it
-    for remembered in (_autoencoder_on_fakes, _moments):
+    for remembered in (_autoencoder_on_fakes, moments):
         remembered.cache_clear()
 
 
 def test_with_cached_latents_the_autoencoder_is_gone_in_a_step(small_vae: AutoencoderKL) -> None:
     """The step is one on latents, held against a real one; what is spared is the autoencoder."""
     config = replace(NANO, codec="sd-vae", image_size=128, batch_size=16, cache_latents=True)
-    found = estimate(config)
-    assert "vae" not in found.breakdown
-    step = sum(found.breakdown[kind] for kind in ("gradients", "activations", "temporary"))
+    held = moments(config)[1]["step"]
+    assert "vae" not in held
+    step = sum(held[kind] for kind in ("gradients", "activations", "temporary"))
     assert step == pytest.approx(measured_peak(config), rel=0.1)
 
 
 def test_a_grid_may_be_the_peak(small_vae: AutoencoderKL, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the batch is small; held against a real decoding."""
     monkeypatch.setattr(EncodeConfig, "batch_size", 1)  # else the encoding is, see below
-    config = replace(NANO, codec="sd-vae", image_size=256, batch_size=1, cache_latents=True)
+    config = replace(NANO, codec="sd-vae", image_size=256, batch_size=1, cache_latents=True, precision="fp32")
     found = estimate(config)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad():
         measured = peak_of(lambda: small_vae.decode(torch.randn(1, 4, 32, 32)))
     assert found.breakdown["decoding a grid"] == pytest.approx(measured, rel=0.1)
     assert found.breakdown["vae"] == 4 * sum(parameter.numel() for parameter in small_vae.parameters())
@@ -120,12 +122,27 @@ def test_a_grid_may_be_the_peak(small_vae: AutoencoderKL, monkeypatch: pytest.Mo
 
 def test_the_encoding_before_a_training_may_be_the_peak(small_vae: AutoencoderKL) -> None:
     """Of eight pictures, whatever the batch; held against a real one. There is no model yet."""
-    config = replace(NANO, codec="sd-vae", image_size=256, batch_size=1, cache_latents=True)
+    config = replace(NANO, codec="sd-vae", image_size=256, batch_size=1, cache_latents=True, precision="fp32")
     found = estimate(config)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad():
         measured = peak_of(lambda: small_vae.encode(torch.randn(8, 3, 256, 256)))
-    assert set(found.breakdown) == {"vae", "encoding a batch"}
+    assert set(found.breakdown) == {"vae", "encoding a batch", "workspaces"}
     assert found.breakdown["encoding a batch"] == pytest.approx(measured, rel=0.1)
+
+
+with (Path(__file__).parents[1] / "benchmarks/results/gpu-memory.csv").open() as _file:
+    MEASURED = [row for row in csv.DictReader(_file) if row["precision"] == "bf16"]
+
+
+@pytest.mark.parametrize("row", MEASURED, ids=lambda row: f"{row['model']}-{row['image_size']}")
+def test_a_gpu_took_what_was_estimated(row: dict[str, str]) -> None:
+    """Within 10 %, in each of the moments in which `train` was measured on one (benchmarks/gpu.py)."""
+    config = EstimateConfig(
+        row["model"], int(row["image_size"]), int(row["batch_size"]), row["codec"],
+        gradient_checkpointing=row["gradient_checkpointing"] == "True", ema_on_cpu=row["ema_on_cpu"] == "True",
+    )  # fmt: skip
+    for moment, held in moments(config)[1].items():
+        assert sum(held.values()) == pytest.approx(int(row[f"{moment}_bytes"]), rel=0.1), moment
 
 
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:

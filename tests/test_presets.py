@@ -21,8 +21,9 @@ def test_a_gpu_gets_more_than_a_cpu() -> None:
         ({}, "cpu", True),
         ({"steps": 300}, "cpu", False),  # it would take longer than it saves
         ({"buckets": True}, "cpu", False),
-        ({}, "cuda", False),
-        ({"compile": True}, "cuda", True),
+        ({}, "cuda", True),
+        ({}, "mps", False),
+        ({"compile": True}, "mps", True),
         ({"compile": False}, "cpu", False),
     ],
 )

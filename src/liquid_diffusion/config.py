@@ -56,7 +56,9 @@ class TrainConfig:
     gradient_checkpointing: bool = _option(False, "compute activations twice, to save memory")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = _option("auto", "arithmetic; auto is the best the machine has")
     compile: bool | None = _option(
-        None, "compile the blocks before the first step, which takes about a minute (default: yes on a CPU, if it pays)"
+        None,
+        "compile the blocks before the first step, which takes half a minute, and record the steps of a GPU (default: "
+        "yes on a CPU or CUDA, if it pays)",
     )
     ema_decay: float = _option(0.999, "decay of the averaged weights, reached after its own warm-up")
     ema_on_cpu: bool = _option(False, "keep the averaged weights in the computer's memory, to save the card's")

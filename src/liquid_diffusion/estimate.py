@@ -6,15 +6,19 @@ come from the code that trains, not from a formula about it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 from tqdm import tqdm
 
@@ -25,8 +29,11 @@ from liquid_diffusion.models.unet import LiquidUNet
 from liquid_diffusion.presets import FACTORS
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Of a card's memory, what the CUDA context, the libraries' workspaces and the allocator's gaps leave for tensors.
+# Of a card's memory, what the CUDA context and the allocator's gaps leave.
 _USABLE = 0.9
+# Bytes that cuBLAS and cuDNN take for themselves: trainings on an H100 had 80 to 180 MB more than their tensors
+# (benchmarks/results/gpu-memory.csv).
+_WORKSPACES = 96 * 2**20
 _LEAST_SHOWN = 0.005 * 2**30  # bytes; gradients, say, are nearly none while the forward pass still holds all
 # stabilityai/sd-vae-ft-mse
 SD_VAE: dict[str, Any] = {
@@ -54,6 +61,16 @@ class Estimate:
     breakdown: dict[str, int]
 
 
+class _NormsAsOnCuda(TorchFunctionMode):
+    """Group norms as autocast has them computed on a GPU: in float32, of a copy whose channels come first."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.group_norm:
+            return func(*args, **(kwargs or {}))
+        wide = args[0].float()  # is held while the norm is computed of the copy
+        return func(wide.clone(), *args[1:], **(kwargs or {}))
+
+
 class _PeakTracker(MemTracker):
     """MemTracker for the peak of everything alone; to keep each module's took three quarters of an estimate's time."""
 
@@ -73,6 +90,16 @@ def _peak(tracker: MemTracker) -> dict[str, int]:
     return total
 
 
+@contextlib.contextmanager
+def _autocast(dtype: torch.dtype) -> Iterator[None]:
+    """A GPU's autocast to a dtype, for fake tensors of a CPU."""
+    if dtype == torch.float32:
+        yield
+        return
+    with torch.autocast("cpu", dtype), _NormsAsOnCuda():
+        yield
+
+
 @functools.lru_cache
 def _train_on_fakes(config: EstimateConfig, channels: int, side: int) -> tuple[int, dict[str, int]]:
     """Parameters of the model, and what forward and backward hold at their peak."""
@@ -85,7 +112,7 @@ def _train_on_fakes(config: EstimateConfig, channels: int, side: int) -> tuple[i
     tracker = _PeakTracker()
     tracker.track_external(model)
     with tracker:
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        with _autocast(dtype):
             prediction = model(x, t).sample
         flow_loss(prediction, x).backward()
     return sum(parameter.numel() for parameter in model.parameters()), _peak(tracker)
@@ -100,14 +127,18 @@ def _autoencoder_on_fakes(encoding: bool, batch: int, side: int, bf16: bool) -> 
         given = torch.randn(batch, 3, side, side) if encoding else torch.randn(batch, 4, side // 8, side // 8)
         tracker = _PeakTracker()
         # as the codec computes: in bfloat16 where a device has it, else in float32
-        with tracker, torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with tracker, torch.no_grad(), _autocast(torch.bfloat16 if bf16 else torch.float32):
             vae.encode(given) if encoding else vae.decode(given)
     return weights, sum(size for kind, size in _peak(tracker).items() if kind in ("Activation", "Temp"))
 
 
 @functools.lru_cache
-def _moments(config: EstimateConfig) -> tuple[int, list[dict[str, int]]]:
-    """Parameters of the model, and what is held when it may be most: in a step, drawing a grid, encoding a batch."""
+def moments(config: EstimateConfig) -> tuple[int, dict[str, dict[str, int]]]:
+    """Parameters of the model, and bytes by kind when they may be most: in a step, drawing a grid, encoding a batch.
+
+    Raises:
+        UserError: as for `estimate`.
+    """
     factor, channels = FACTORS[config.codec], 12 if config.codec == "pixels" else 4
     multiple = 4 * factor
     if config.image_size % multiple:
@@ -125,17 +156,23 @@ def _moments(config: EstimateConfig) -> tuple[int, list[dict[str, int]]]:
         "activations": peak.get("Activation", 0),
         "temporary": peak.get("Temp", 0) + peak.get("Other", 0) + peak.get("Buffer", 0),
     }
+    state["workspaces"] = _WORKSPACES
     if config.codec == "pixels":
-        return parameters, [{**state, **step}]
+        return parameters, {"step": {**state, **step}}
     bf16 = config.precision == "bf16"
     vae, decoding = _autoencoder_on_fakes(False, 1, config.image_size, bf16)  # a grid is decoded picture by picture
     grid = {**state, "vae": vae, "decoding a grid": decoding}
     if config.cache_latents:
         _, encoding = _autoencoder_on_fakes(True, EncodeConfig.batch_size, config.image_size, bf16)
         # all is encoded before there is a model
-        return parameters, [{**state, **step}, grid, {"vae": vae, "encoding a batch": encoding}]
+        first = {"vae": vae, "encoding a batch": encoding, "workspaces": _WORKSPACES}
+        return parameters, {"step": {**state, **step}, "grid": grid, "encoding": first}
     _, encoding = _autoencoder_on_fakes(True, config.batch_size, config.image_size, bf16)
-    return parameters, [{**state, "vae": vae, **step}, grid, {**state, "vae": vae, "encoding a batch": encoding}]
+    return parameters, {
+        "step": {**state, "vae": vae, **step},
+        "grid": grid,
+        "encoding": {**state, "vae": vae, "encoding a batch": encoding},
+    }
 
 
 def estimate(config: EstimateConfig) -> Estimate:
@@ -144,8 +181,8 @@ def estimate(config: EstimateConfig) -> Estimate:
     Raises:
         UserError: the size is not divisible by what codec and model need, or there is no such model.
     """
-    parameters, moments = _moments(config)
-    breakdown = max(moments, key=lambda moment: sum(moment.values()))
+    parameters, held = moments(config)
+    breakdown = max(held.values(), key=lambda moment: sum(moment.values()))
     return Estimate(parameters, sum(breakdown.values()), dict(breakdown))
 
 
@@ -157,7 +194,7 @@ def largest_batch(config: EstimateConfig, gigabytes: float) -> int:
 
     def held(batch: int) -> int:
         bar.set_postfix_str(f"trying {batch}")
-        return max(sum(moment.values()) for moment in _moments(replace(config, batch_size=batch))[1])
+        return max(sum(moment.values()) for moment in moments(replace(config, batch_size=batch))[1].values())
 
     with bar:
         if held(1) > room:

@@ -27,6 +27,7 @@ from liquid_diffusion.pipeline import draw_in_batches
 from liquid_diffusion.training.learning_rate import learning_rate_factor
 from liquid_diffusion.training.resume import check_same_run
 from liquid_diffusion.training.run_folder import RunFolder
+from liquid_diffusion.training.step import Problem
 from liquid_diffusion.training.trainer import Trainer
 
 Make = Callable[..., TrainConfig]
@@ -102,41 +103,28 @@ def test_target_of_the_training_is_noise_minus_data(quick: Make, monkeypatch: py
             return type("Output", (), {"sample": (x_t - x0) / t[:, None, None, None]})
 
     monkeypatch.setattr(trainer.state, "wrapped", Knowing())
-    assert trainer.loss(images, labels).item() < 1e-4
+    assert trainer.training_step.loss(trainer.training_step.problem(images, labels)).item() < 1e-4
 
 
-def test_training_times_follow_their_options(quick: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_times_follow_their_options(quick: Make) -> None:
     """Of uniform times u a shift of 3 makes 3 u / (1 + 2 u), and noise and labels stay what they were."""
     seen: list[torch.Tensor] = []
-
-    class Hearing:
-        def __call__(self, x_t: torch.Tensor, t: torch.Tensor, _: torch.Tensor) -> Any:
-            seen.append(t)
-            return type("Output", (), {"sample": x_t})
-
     for shift in (1.0, 3.0):
         trainer = Trainer(quick(time_sampling="uniform", time_shift=shift, out=f"{quick().out}-{shift}"))
         images, labels, _ = next(trainer._batches())
-        monkeypatch.setattr(trainer.state, "wrapped", Hearing())
-        trainer.loss(images, labels)
+        seen.append(trainer.training_step.problem(images, labels).t)
     plain, shifted = seen
     torch.testing.assert_close(shifted, 3 * plain / (1 + 2 * plain))
 
 
-def test_labels_are_hidden_at_the_wanted_rate(quick: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_are_hidden_at_the_wanted_rate(quick: Make) -> None:
     trainer = Trainer(quick(label_dropout=0.25))
-    seen: list[torch.Tensor] = []
-
-    def watch(x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> Any:
-        seen.append(labels)
-        return type("Output", (), {"sample": x})
-
-    monkeypatch.setattr(trainer.state, "wrapped", watch)
     labels = torch.arange(1000) % 9
-    trainer.loss(torch.zeros(1000, 3, 16, 16, dtype=torch.uint8), labels)
-    hidden = seen[0] == 9
+    seen = trainer.training_step.problem(torch.zeros(1000, 3, 16, 16, dtype=torch.uint8), labels).labels
+    assert seen is not None
+    hidden = seen == 9
     assert 0.2 < hidden.float().mean() < 0.3
-    assert torch.equal(seen[0][~hidden], labels[~hidden])
+    assert torch.equal(seen[~hidden], labels[~hidden])
 
 
 @pytest.mark.parametrize(("label_dropout", "guidance"), [(0.0, 1.0), (0.1, 2.0)])
@@ -210,7 +198,7 @@ def test_grids_do_not_change_the_training(quick: Make, tmp_path: Path) -> None:
 
 
 def test_accumulation_is_the_same_batch_in_parts(quick: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gradient and the loss of one whole batch and of four parts, with the draws taken out of the loss."""
+    """The gradient and the loss of one whole batch and of four parts, with the draws taken out of them."""
     gradients, losses = [], []
     for parts in (1, 4):
         trainer = Trainer(quick(gradient_accumulation=parts, out=str(tmp_path / str(parts))))
@@ -218,13 +206,12 @@ def test_accumulation_is_the_same_batch_in_parts(quick: Make, tmp_path: Path, mo
             for parameter in trainer.model.parameters():
                 parameter.add_(0.02)
 
-        def plain(images: torch.Tensor, labels: torch.Tensor, trainer: Trainer = trainer) -> torch.Tensor:
+        def drawn(images: torch.Tensor, labels: torch.Tensor, trainer: Trainer = trainer) -> Problem:
             x = trainer.codec.encode(images.float() / 127.5 - 1)
-            t = torch.full((len(x),), 0.5)
-            return trainer.state.wrapped(x, t, labels).sample.square().mean((1, 2, 3)).add(labels).mean()
+            return Problem(x, torch.full((len(x),), 0.5), labels.float()[:, None, None, None].expand_as(x), labels)
 
         images, labels, _ = next(trainer._batches())
-        monkeypatch.setattr(trainer, "loss", plain)
+        monkeypatch.setattr(trainer.training_step, "problem", drawn)
         monkeypatch.setattr(trainer.state.optimizer, "step", lambda: None)
         monkeypatch.setattr(trainer.state.optimizer, "zero_grad", lambda set_to_none: None)
         losses.append(trainer.train_step(images, labels))

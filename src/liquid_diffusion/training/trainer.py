@@ -25,7 +25,6 @@ from liquid_diffusion.data.ranged import SourceLostError
 from liquid_diffusion.data.stream import PictureStream
 from liquid_diffusion.errors import UserError
 from liquid_diffusion.estimate import shortage_of_run
-from liquid_diffusion.flow import flow_loss, interpolate, sample_times, velocity
 from liquid_diffusion.grid import draw_grid
 from liquid_diffusion.hardware import choose_precision, free_memory, keep_freed_memory, process_state
 from liquid_diffusion.models.unet import LiquidUNet
@@ -36,10 +35,10 @@ from liquid_diffusion.sampling import make_scheduler
 from liquid_diffusion.training.checkpoint import CheckpointFolder
 from liquid_diffusion.training.compilation import compile_blocks
 from liquid_diffusion.training.learning_rate import learning_rate_factor
-from liquid_diffusion.training.recording import RecordedGradients
 from liquid_diffusion.training.resume import check_same_data, check_same_run, machine_facts
 from liquid_diffusion.training.run_folder import RunFolder
 from liquid_diffusion.training.state import TrainingState
+from liquid_diffusion.training.step import TrainingStep
 from liquid_diffusion.training.tracking import MetricsLog, StopRequest
 
 _GRID_COLUMNS = 8
@@ -102,8 +101,9 @@ class Trainer:
         if isinstance(self.codec, AutoencoderCodec) and not run.cache_latents:  # else it is there for grids only
             self.codec.vae.to(device)
 
+        self.training_step = TrainingStep(self.accelerator, self.state, run, self.dataset, self.codec)
+
         self.step = 0
-        self._recording: RecordedGradients | None = None
         if found is not None:
             self._load(*found)
         if run.push_to_hub:
@@ -195,65 +195,9 @@ class Trainer:
     def _batches(self) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
         return open_batches(self.dataset, self.config.batch_size, self.step, self.config.workers)
 
-    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """The loss of a batch of the data set and labels (B,), at times and noise drawn from the run's generator."""
-        return self._loss(*self._problem(images, labels))
-
-    def _problem(self, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-        """What the model has to do with a batch: points of paths, their times, the velocities there, and classes."""
-        device = self.accelerator.device
-        x0 = self.dataset.to_latents(images.to(device, non_blocking=True), self.codec, self.state.generator)
-        t = sample_times(len(x0), self.config.time_sampling, self.state.generator, self.config.time_shift)
-        noise = torch.randn(x0.shape, generator=self.state.generator, device=device)
-        problem = (interpolate(x0, noise, t), t, velocity(x0, noise))
-        if not self.dataset.label_names:
-            return problem
-        hidden = torch.rand(len(x0), generator=self.state.generator, device=device) < self.config.label_dropout
-        return *problem, labels.to(device, non_blocking=True).masked_fill(hidden, len(self.dataset.label_names))
-
-    def _loss(self, x: Tensor, t: Tensor, target: Tensor, classes: Tensor | None = None) -> Tensor:
-        return flow_loss(self.state.wrapped(x, t, classes).sample, target)
-
-    def _gradients(self, *problem: Tensor, weight: float = 1.0) -> Tensor:
-        """The loss () of a problem times a weight, detached; its gradients are added to the parameters'."""
-        loss = self._loss(*problem) * weight
-        self.accelerator.backward(loss)
-        return loss.detach()
-
     def train_step(self, images: Tensor, labels: Tensor) -> Tensor:
         """One optimiser step on a batch; the loss () stays on the device."""
-        for group in self.state.optimizer.param_groups:
-            group["lr"] = self.learning_rate
-        total = self._recorded_gradients(images, labels) if self._records else self._gradients_in_parts(images, labels)
-        self.accelerator.clip_grad_norm_(self.state.wrapped.parameters(), self.config.max_grad_norm)
-        self.state.optimizer.step()
-        self.state.optimizer.zero_grad(set_to_none=True)
-        self.state.average()
-        return total
-
-    def _gradients_in_parts(self, images: Tensor, labels: Tensor) -> Tensor:
-        parts = self.config.gradient_accumulation
-        total = torch.zeros((), device=self.accelerator.device)
-        batches = list(zip(images.chunk(parts), labels.chunk(parts), strict=True))
-        for i, (some_images, some_labels) in enumerate(batches):
-            last = i == len(batches) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.state.wrapped):
-                problem = self._problem(some_images, some_labels)
-                total += self._gradients(*problem, weight=len(some_images) / len(images))
-        return total
-
-    @property
-    def _records(self) -> bool:
-        """Whether steps are recorded: where they are compiled, on a GPU, and all do the same in one piece."""
-        run, accelerator = self.config, self.accelerator
-        alike = not (run.buckets or run.gradient_checkpointing) and run.gradient_accumulation == 1
-        return run.compile and alike and accelerator.device.type == "cuda" and accelerator.num_processes == 1
-
-    def _recorded_gradients(self, images: Tensor, labels: Tensor) -> Tensor:
-        problem = self._problem(images, labels)
-        if self._recording is None:
-            self._recording = RecordedGradients(self._gradients, list(self.model.parameters()), problem)
-        return self._recording(*problem)
+        return self.training_step(images, labels, self.learning_rate)
 
     @property
     def learning_rate(self) -> float:
@@ -403,7 +347,7 @@ class Trainer:
         rows = len(names[:10]) or 4
         labels = [row for row in range(rows) for _ in range(_GRID_COLUMNS)] if names else None
         guidance = GUIDANCE if self.config.label_dropout else 1.0  # a null label that was never seen guides nowhere
-        self._recording = None  # whose memory the autoencoder may want; the next step records again, in a second
+        self.training_step.release()  # the autoencoder may want its memory
         with self.state.averaged(), self.codec.on(self.accelerator.device):
             # as many at once as a step has room for
             count, batch_size = rows * _GRID_COLUMNS, self.config.batch_size
