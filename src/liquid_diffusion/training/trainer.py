@@ -219,7 +219,7 @@ class Trainer:
 
         main = self.accelerator.is_main_process
         if main:
-            tqdm.write("Compiling the blocks: half a minute, a few seconds the next time; --compile false leaves it.")
+            tqdm.write("Compiling the blocks: half a minute or more, seconds the next time; --compile false leaves it.")
         reason = compile_blocks(self.model, step_on_zeros, one_shape=not run.buckets)
         if reason and main:
             tqdm.write(f"The blocks can't be compiled here, so the training goes on without ({reason}).")
