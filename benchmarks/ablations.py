@@ -27,7 +27,6 @@ from liquid_diffusion.models.liquid import (
     MultiScaleSpatialMix,
     ParallelCfC,
     Relaxation,
-    cfc_gate,
     liquid_relaxation,
     modulate,
 )
@@ -83,34 +82,6 @@ class ContentFreeGate(ParallelCfC):
         gate = torch.sigmoid(-self.offset(condition))[:, :, None, None].to(g.dtype)  # (B, C, 1, 1)
         alpha = self.alpha(condition)[:, :, None, None].to(g.dtype)  # (B, C, 1, 1)
         return liquid_relaxation(x, torch.lerp(h, g, gate), alpha)
-
-
-class StateHead(ParallelCfC):
-    """The layer's input in place of the head h: the gate decides between a candidate g and the state itself."""
-
-    def __init__(self, channels: int, condition_channels: int, hidden: int) -> None:
-        super().__init__(channels, condition_channels, hidden)
-        self.heads = nn.Conv2d(hidden, 2 * channels, 1)
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        f, g = self.heads(F.silu(self.backbone(x))).chunk(2, dim=1)  # (B, C, H, W) each
-        return self.relax(x, f, g, condition)
-
-    def relax(self, x: Tensor, f: Tensor, g: Tensor, condition: Tensor) -> Tensor:
-        a, b = (part.to(x.dtype) for part in self.slope_and_offset(condition))
-        alpha = self.alpha(condition)[:, :, None, None].to(x.dtype)  # (B, C, 1, 1)
-        return liquid_relaxation(x, cfc_gate(f, g, x, a, b), alpha)
-
-
-class OneHead(StateHead):
-    """The input in place of f too: one head is left, and gate and relaxation cost no product."""
-
-    def __init__(self, channels: int, condition_channels: int, hidden: int) -> None:
-        super().__init__(channels, condition_channels, hidden)
-        self.heads = nn.Conv2d(hidden, channels, 1)
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        return self.relax(x, x, self.heads(F.silu(self.backbone(x))), condition)
 
 
 class WithoutCondition(nn.Module):
@@ -224,19 +195,6 @@ class OneStep(Variant):
         return torch.addcmul(x, m[2], self.cfc(modulate(channel_norm(x), m[0], m[1]), condition))
 
 
-class LiquidTime(Variant):
-    """The liquid layer hears of the time by its own gate and relaxation alone: its input is not modulated."""
-
-    def __init__(self, channels: int, condition_channels: int, layer: nn.Module) -> None:
-        super().__init__(channels, condition_channels, layer)
-        self.modulation = nn.Linear(condition_channels, 4 * channels)
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        m = self.modulation(condition)[:, :, None, None].chunk(4, dim=1)  # 4 x (B, C, 1, 1)
-        x = torch.addcmul(x, m[0], self.cfc(channel_norm(x), condition))
-        return torch.addcmul(x, m[3], self.mix(modulate(channel_norm(x), m[1], m[2])))
-
-
 class WithoutOutputGates(Variant):
     """``x <- x + part(modulate(norm(x)))``: no adaLN-zero, so that a new block is not the identity."""
 
@@ -319,8 +277,6 @@ class Ablation:
 
 
 _NARROW = UNetConfig((64, 128, 160), (1, 1, 1), 3)
-_WIDE = UNetConfig((96, 128, 160), (1, 1, 1), 1)
-_DEEP = UNetConfig((96, 96, 128), (1, 1, 2), 2)
 
 ABLATIONS = {
     "liquid": Ablation("the block as it ships", _switched("liquid", "liquid")),
@@ -332,29 +288,6 @@ ABLATIONS = {
     "relaxation early": Ablation("alpha starts at a half, not at 0.05", _with_liquid(EarlyRelaxation)),
     "plain": Ablation("neither gate nor relaxation: 1x1, SiLU, 1x1", _without_condition(mlp)),
     "plain, smaller": Ablation("the same, parameters not spent", _without_condition(mlp), equal=False),
-    "one head": Ablation("f and h are the input; parameters not spent", _with_liquid(OneHead), equal=False),
-    "one head, wide": Ablation(
-        "and a wider coarsest stage, hidden features as the state", _with_liquid(OneHead), shape=_WIDE
-    ),
-    "one head, deep": Ablation(
-        "and two blocks at the coarsest stage, 96 channels before", _with_liquid(OneHead), shape=_DEEP
-    ),
-    "liquid time": Ablation(
-        "no modulation before the liquid layer; parameters not spent",
-        lambda channels, t, ratio: LiquidTime(channels, t, ParallelCfC(channels, t, hidden_width(channels, ratio))),
-        equal=False,
-    ),
-    "one head, liquid time": Ablation(
-        "the same of one head; parameters not spent",
-        lambda channels, t, ratio: LiquidTime(channels, t, OneHead(channels, t, hidden_width(channels, ratio))),
-        equal=False,
-    ),
-    "two heads": Ablation("h is the input, parameters not spent", _with_liquid(StateHead), equal=False),
-    "narrow heads": Ablation(
-        "hidden features as wide as the state, parameters not spent",
-        lambda channels, t, _: Variant(channels, t, ParallelCfC(channels, t, channels)),
-        equal=False,
-    ),
     "swiglu": Ablation("SwiGLU in the liquid layer's place", _without_condition(SwiGLU)),
     "backbone 3x3": Ablation(
         "depthwise 3x3 before the heads", _with_backbone(lambda c: nn.Conv2d(c, c, 3, padding=1, groups=c))
