@@ -134,9 +134,9 @@ class _Convolution:
 
 
 class _FoldedBlock:
-    """A `LiquidBlock` for the conditions (R, T) that will be met."""
+    """A `LiquidBlock` for the conditions (R, T) that will be met, whose table (R, sum of the widths) joins `tables`."""
 
-    def __init__(self, block: LiquidBlock, conditions: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, block: LiquidBlock, conditions: Tensor, dtype: torch.dtype, tables: list[Tensor]) -> None:
         cfc, mix = block.cfc, block.mix
         m = block.modulation(conditions).float().chunk(6, dim=1)  # 6 x (R, C)
         alpha = cfc.alpha(conditions) if cfc.relaxation == "liquid" else torch.zeros_like(m[2])
@@ -155,7 +155,7 @@ class _FoldedBlock:
             weight, bias = torch.stack(weight.chunk(2)).mean(0), torch.stack(bias.chunk(2)).mean(0)
             scale, shift = take, torch.zeros_like(take)
         rows = [1 + m[0], m[1], keep, take, scale, shift, 1 + m[3], m[4], m[5]]
-        self.table = torch.cat(rows, 1).to(dtype)  # (R, sum of the widths)
+        tables.append(torch.cat(rows, 1).to(dtype))
         self.widths = [part.shape[1] for part in rows]
         self.backbone = _Convolution.of(cfc.backbone, dtype, silu=True)
         self.heads = _Convolution(weight, bias, dtype)
@@ -242,9 +242,7 @@ class CompiledVelocity:
             conditions = model.condition(t.repeat_interleave(len(unique)), unique.repeat(len(t)))
 
         def blocks(stage: nn.Module) -> list[_FoldedBlock]:
-            made = [_FoldedBlock(cast("LiquidBlock", block), conditions, dtype) for block in stage.children()]
-            tables.extend(block.table for block in made)
-            return made
+            return [_FoldedBlock(cast("LiquidBlock", block), conditions, dtype, tables) for block in stage.children()]
 
         tables: list[Tensor] = []  # in the order in which the blocks are run
 
