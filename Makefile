@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/quickstart
 
-.PHONY: quickstart test lint docs liquid-figures bench bench-depthwise bench-data bench-memory bench-precision bench-gpu package quality ablations causal figures ship bench-installed install clean
+.PHONY: quickstart test lint docs liquid-figures bench bench-depthwise bench-data bench-memory bench-precision bench-gpu gpu-training package quality ablations causal figures ship bench-installed install clean
 
 quickstart: install  ## train on the emoji, draw pictures, and show the nearest training picture of each
 	$(BIN)/liquid-diffusion train --out $(RUN)
@@ -53,6 +53,12 @@ bench-gpu: bench-installed  ## equality, precision, memory, kernels and speed on
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/profile_step.py
 	$(BIN)/python benchmarks/performance_tables.py
+
+gpu-training: bench-installed  ## tiny at 64 px on a CUDA card, measured; DATA=folder of emoji64x3
+	$(BIN)/liquid-diffusion train --data $(DATA)/emoji64x3-train.parquet --label-column label --image-size 64 \
+	  --model tiny --optimizer muon --lr 0.001 --compile true --steps 3000 --out runs/gpu-64
+	cp runs/gpu-64/metrics.jsonl benchmarks/results/gpu-training.jsonl
+	$(BIN)/liquid-diffusion evaluate runs/gpu-64 --out benchmarks/results/gpu-training.json
 
 bench-memory: install  ## what training takes of a GPU's memory, estimated
 	$(BIN)/python benchmarks/memory.py

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from figures import read_rows
 from PIL import Image
 from torch import Tensor
 from triton.testing import do_bench
@@ -206,7 +207,8 @@ def main() -> None:
                 checks.append({"check": check, "case": case, "figure": figure, "value": value})
                 print(f"{check:10}{case:50}{figure:24}{value:.4g}", flush=True)
         if checks:
-            write("gpu-checks.csv", CHECK_COLUMNS, checks)
+            kept = [row for row in read_rows(RESULTS / "gpu-checks.csv") if row["check"] not in wanted]
+            write("gpu-checks.csv", CHECK_COLUMNS, [*kept, *checks])
         if "memory" in wanted:
             rows = []
             for row in memory(folder):
