@@ -1,7 +1,7 @@
 """Variants of the liquid block, by name: each changes one thing of the block that the presets ship.
 
-Where a variant has fewer or more parameters, its hidden features are made wider or narrower until the model has as many
-as ours within 5 %, so that a comparison tells of the change and not of the size.
+Where a variant has fewer or more parameters, the embedding of time and label is made wider or narrower until the model
+has as many as ours, so that a comparison tells of the change and not of the size; a step takes hardly longer by that.
 
 Shapes: B batch, C channels, H W height and width, T width of the condition.
 """
@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from blocks import GlobalResponseNorm, in_our_frame
 from torch import Tensor, nn
 
-from liquid_diffusion.config import UNetConfig
 from liquid_diffusion.flow import TimeSampling
 from liquid_diffusion.models.depthwise import depthwise_conv7, merge_kernels
 from liquid_diffusion.models.layers import channel_norm
@@ -27,23 +26,20 @@ from liquid_diffusion.models.liquid import (
     MultiScaleSpatialMix,
     ParallelCfC,
     Relaxation,
+    cfc_gate,
     liquid_relaxation,
     modulate,
 )
-from liquid_diffusion.models.unet import LiquidUNet
+from liquid_diffusion.models.unet import LiquidUNet, hidden_width
 from liquid_diffusion.presets import preset
 
 _STEP = 32  # channels; a CPU computes slices of other sizes several times slower
+_EQUAL = 0.02
 
 
-def hidden_width(channels: int, ratio: float) -> int:
-    """About `ratio` times as wide, in steps of 32 channels."""
-    return _STEP * max(1, round(ratio * channels / _STEP))
-
-
-def mlp(channels: int, hidden: int) -> nn.Sequential:
-    """1x1 -> SiLU -> 1x1."""
-    return nn.Sequential(nn.Conv2d(channels, hidden, 1), nn.SiLU(), nn.Conv2d(hidden, channels, 1))
+def swish_mlp_width(hidden: int) -> int:
+    """Of a layer with one head and an output, which then has as many weights as one with two heads has at `hidden`."""
+    return 3 * hidden // 2
 
 
 class MeanRelaxation(ParallelCfC):
@@ -54,15 +50,15 @@ class MeanRelaxation(ParallelCfC):
         del self.time_relaxation
 
     def reset_parameters(self) -> None:
-        self.relaxation = "none"  # the parent would reset what is not there
-        super().reset_parameters()
-        self.relaxation = "liquid"
+        with torch.no_grad():
+            self.time_gate.weight.zero_()
+            self.time_gate.bias.view(2, -1).copy_(torch.tensor([[1.0], [0.0]]))
 
     def alpha(self, condition: Tensor) -> Tensor:
         return torch.exp(-self.log_rate.float().exp() * condition.float().mean(1, keepdim=True).abs())  # (B, C)
 
 
-class EarlyRelaxation(ParallelCfC):
+class HalfRelaxation(ParallelCfC):
     """Relaxation that starts at alpha = 1/2."""
 
     def reset_parameters(self) -> None:
@@ -71,42 +67,58 @@ class EarlyRelaxation(ParallelCfC):
 
 
 class ContentFreeGate(ParallelCfC):
-    """A gate that knows the time alone: ``sigmoid(-b(t))``, the same for all pixels."""
+    """A gate that knows the time alone: ``sigmoid(-d(t)) f v``, the same for all pixels."""
 
     def __init__(self, channels: int, condition_channels: int, hidden: int) -> None:
-        super().__init__(channels, condition_channels, hidden, "none")
-        self.offset = nn.Linear(condition_channels, channels)
+        super().__init__(channels, condition_channels, hidden)
+        self.time = nn.Linear(condition_channels, hidden)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        g, h = self.heads(F.silu(self.backbone(x))).chunk(2, dim=1)  # (B, C, H, W) each
-        gate = torch.sigmoid(-self.offset(condition))[:, :, None, None].to(g.dtype)  # (B, C, 1, 1)
-        alpha = self.alpha(condition)[:, :, None, None].to(g.dtype)  # (B, C, 1, 1)
-        return liquid_relaxation(x, torch.lerp(h, g, gate), alpha)
+        a, b = self.slope_and_offset(condition)  # (B, C, 1, 1) each
+        f, v = self.heads(torch.addcmul(b, channel_norm(x), a)).chunk(2, dim=1)  # (B, H, H, W) each
+        gate = torch.sigmoid(-self.time(condition))[:, :, None, None].to(f.dtype)  # (B, H, 1, 1)
+        alpha = self.alpha(condition)[:, :, None, None].to(f.dtype)  # (B, C, 1, 1)
+        return liquid_relaxation(x, self.project(gate * f * v), alpha)
 
 
-class WithoutCondition(nn.Module):
-    """A layer in the place of the liquid one that hears of the time only by the modulation of its input."""
+class ThreeHeads(ParallelCfC):
+    """All of `cfc_gate`, ``sigma(f) g + (1 - sigma(f)) h``, with a convolution for each head; three quarters as wide.
 
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
+    Args:
+        product: whether the head g is f times its convolution, as in ours.
+    """
+
+    def __init__(self, channels: int, condition_channels: int, hidden: int, product: bool) -> None:
+        super().__init__(channels, condition_channels, 3 * hidden // 4)
+        self.product = product
+        self.heads = nn.Conv2d(channels, 3 * self.project.in_channels, 1)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        del condition
-        return self.layer(x)
+        a, b = self.slope_and_offset(condition)  # (B, C, 1, 1) each
+        f, g, h = self.heads(torch.addcmul(b, channel_norm(x), a)).chunk(3, dim=1)  # (B, H, H, W) each
+        out = self.project(cfc_gate(f, f * g if self.product else g, h))  # (B, C, H, W)
+        return liquid_relaxation(x, out, self.alpha(condition)[:, :, None, None].to(out.dtype))
 
 
-class SwiGLU(nn.Module):
-    """``W (silu(U x) * V x)`` (Shazeer, arXiv 2002.05202)."""
+class TimeBehindHeads(ParallelCfC):
+    """A second slope and offset of the time, of each hidden channel, behind the heads: ``sigma(a f - b)``."""
 
-    def __init__(self, channels: int, hidden: int) -> None:
-        super().__init__()
-        self.widen = nn.Conv2d(channels, 2 * hidden, 1)
-        self.narrow = nn.Conv2d(hidden, channels, 1)
+    def __init__(self, channels: int, condition_channels: int, hidden: int) -> None:
+        super().__init__(channels, condition_channels, hidden)
+        self.behind = nn.Linear(condition_channels, 2 * hidden)
 
-    def forward(self, x: Tensor) -> Tensor:
-        a, b = self.widen(x).chunk(2, dim=1)  # (B, hidden, H, W) each
-        return self.narrow(F.silu(a) * b)
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        with torch.no_grad():
+            self.behind.weight.zero_()
+            self.behind.bias.view(2, -1).copy_(torch.tensor([[1.0], [0.0]]))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        a, b = self.slope_and_offset(condition)  # (B, C, 1, 1) each
+        f, v = self.heads(torch.addcmul(b, channel_norm(x), a)).chunk(2, dim=1)  # (B, H, H, W) each
+        slope, offset = self.behind(condition)[:, :, None, None].to(f.dtype).chunk(2, dim=1)  # (B, H, 1, 1) each
+        out = self.project(F.silu(slope * f - offset) * v)  # (B, C, H, W)
+        return liquid_relaxation(x, out, self.alpha(condition)[:, :, None, None].to(out.dtype))
 
 
 class Depthwise7(nn.Conv2d):
@@ -144,93 +156,61 @@ class MixWithoutGate(MultiScaleSpatialMix):
 
 
 class Variant(LiquidBlock):
-    """Our block with any layer in the place of the liquid one, called as layer(x, condition)."""
+    """Our block with another layer in the place of the liquid one, called as layer(x, condition)."""
 
     def __init__(self, channels: int, condition_channels: int, layer: nn.Module) -> None:
-        super().__init__(channels, condition_channels, 1)
+        super().__init__(channels, condition_channels, 32)
         self.cfc = layer
 
 
 class WithFeedForward(Variant):
-    """Three residual steps: hidden features as wide as the input, and a feed-forward of any width at the end."""
+    """Three residual steps: a liquid layer half as wide, and a feed-forward at the end."""
 
-    def __init__(self, channels: int, condition_channels: int, ratio: float) -> None:
-        super().__init__(channels, condition_channels, ParallelCfC(channels, condition_channels, channels))
-        hidden = hidden_width(channels, ratio)
-        self.modulation = nn.Linear(condition_channels, 9 * channels)
-        self.feed_forward = nn.Sequential(nn.Conv2d(channels, hidden, 1), nn.GELU(), nn.Conv2d(hidden, channels, 1))
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        m = self.modulation(condition)[:, :, None, None].chunk(9, dim=1)  # 9 x (B, C, 1, 1)
-        x = torch.addcmul(x, m[2], self.cfc(modulate(channel_norm(x), m[0], m[1]), condition))
-        x = torch.addcmul(x, m[5], self.mix(modulate(channel_norm(x), m[3], m[4])))
-        return torch.addcmul(x, m[8], self.feed_forward(modulate(channel_norm(x), m[6], m[7])))
-
-
-class PoolingGate(nn.Module):
-    """``x sigmoid(W mean(x))``, the gate of our spatial mix."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(self.linear(x.mean((2, 3))))[:, :, None, None]
-
-
-class OneStep(Variant):
-    """Liquid layer and spatial mix in one residual step: the hidden features of the heads look around."""
-
-    def __init__(self, channels: int, condition_channels: int, ratio: float) -> None:
-        hidden = hidden_width(channels, ratio)
-        layer = ParallelCfC(channels, condition_channels, hidden)
-        layer.backbone = nn.Sequential(layer.backbone, Depthwise7(hidden))
-        layer.heads = nn.Sequential(PoolingGate(hidden), layer.heads)
-        super().__init__(channels, condition_channels, layer)
-        del self.mix
-        self.modulation = nn.Linear(condition_channels, 3 * channels)
+    def __init__(self, channels: int, condition_channels: int, hidden: int) -> None:
+        super().__init__(channels, condition_channels, ParallelCfC(channels, condition_channels, hidden // 2))
+        inner = swish_mlp_width(hidden) // 2
+        self.modulation = nn.Linear(condition_channels, 6 * channels)
+        self.feed_forward = nn.Sequential(nn.Conv2d(channels, inner, 1), nn.GELU(), nn.Conv2d(inner, channels, 1))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        m = self.modulation(condition)[:, :, None, None].chunk(3, dim=1)  # 3 x (B, C, 1, 1)
-        return torch.addcmul(x, m[2], self.cfc(modulate(channel_norm(x), m[0], m[1]), condition))
+        m = self.modulation(condition)[:, :, None, None].chunk(6, dim=1)  # 6 x (B, C, 1, 1)
+        x = self.cfc(x, condition)
+        x = torch.addcmul(x, m[2], self.mix(modulate(channel_norm(x), m[0], m[1])))
+        return torch.addcmul(x, m[5], self.feed_forward(modulate(channel_norm(x), m[3], m[4])))
 
 
-class WithoutOutputGates(Variant):
-    """``x <- x + part(modulate(norm(x)))``: no adaLN-zero, so that a new block is not the identity."""
+class WithoutOutputGate(Variant):
+    """``x <- x + mix(modulate(norm(x)))``: no adaLN-zero behind the spatial mix."""
 
-    def __init__(self, channels: int, condition_channels: int, ratio: float) -> None:
-        super().__init__(
-            channels, condition_channels, ParallelCfC(channels, condition_channels, hidden_width(channels, ratio))
-        )
-        self.modulation = nn.Linear(condition_channels, 4 * channels)
+    def __init__(self, channels: int, condition_channels: int, hidden: int) -> None:
+        super().__init__(channels, condition_channels, ParallelCfC(channels, condition_channels, hidden))
+        self.modulation = nn.Linear(condition_channels, 2 * channels)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        m = self.modulation(condition)[:, :, None, None].chunk(4, dim=1)  # 4 x (B, C, 1, 1)
-        x = x + self.cfc(modulate(channel_norm(x), m[0], m[1]), condition)
-        return x + self.mix(modulate(channel_norm(x), m[2], m[3]))
+        x = self.cfc(x, condition)
+        scale, shift = self.modulation(condition)[:, :, None, None].chunk(2, dim=1)  # (B, C, 1, 1) each
+        return x + self.mix(modulate(channel_norm(x), scale, shift))
 
 
-Block = Callable[[int, int, float], nn.Module]  # made of (channels, condition_channels, ratio)
+Block = Callable[[int, int, int], nn.Module]  # made of (channels, condition_channels, hidden)
 
 
-def _with_liquid(make: Callable[[int, int, int], nn.Module]) -> Block:
-    """Another layer in the liquid one's place, made of (channels, condition_channels, hidden features)."""
-    return lambda channels, t, ratio: Variant(channels, t, make(channels, t, hidden_width(channels, ratio)))
+def _with_liquid(make: Block) -> Block:
+    """Another layer in the liquid one's place."""
+    return lambda channels, t, hidden: Variant(channels, t, make(channels, t, hidden))
 
 
 def _switched(gate: Gate, relaxation: Relaxation) -> Block:
-    return _with_liquid(lambda channels, t, hidden: ParallelCfC(channels, t, hidden, gate, relaxation))
+    def layer(channels: int, condition_channels: int, hidden: int) -> nn.Module:
+        width = swish_mlp_width(hidden) if gate == "none" else hidden
+        return ParallelCfC(channels, condition_channels, width, gate, relaxation)
 
-
-def _without_condition(make: Callable[[int, int], nn.Module]) -> Block:
-    return _with_liquid(lambda channels, _, hidden: WithoutCondition(make(channels, hidden)))
+    return _with_liquid(layer)
 
 
 def _with_mix(make: Callable[[int], nn.Module]) -> Block:
-    def block(channels: int, condition_channels: int, ratio: float) -> nn.Module:
-        variant = Variant(
-            channels, condition_channels, ParallelCfC(channels, condition_channels, hidden_width(channels, ratio))
-        )
+    def block(channels: int, condition_channels: int, hidden: int) -> nn.Module:
+        variant = Variant(channels, condition_channels, ParallelCfC(channels, condition_channels, hidden))
         variant.mix = make(channels)
         return variant
 
@@ -238,22 +218,14 @@ def _with_mix(make: Callable[[int], nn.Module]) -> Block:
 
 
 def _with_backbone(make: Callable[[int], nn.Module]) -> Block:
-    """A depthwise convolution in front of the 1x1 that makes the hidden features of the liquid layer."""
+    """A depthwise convolution in front of the heads of the liquid layer."""
 
-    def block(channels: int, condition_channels: int, ratio: float) -> nn.Module:
-        layer = ParallelCfC(channels, condition_channels, hidden_width(channels, ratio))
-        layer.backbone = nn.Sequential(make(channels), layer.backbone)
-        return Variant(channels, condition_channels, layer)
+    def layer(channels: int, condition_channels: int, hidden: int) -> nn.Module:
+        layer = ParallelCfC(channels, condition_channels, hidden)
+        layer.heads = nn.Sequential(make(channels), layer.heads)
+        return layer
 
-    return block
-
-
-def _dense(channels: int, condition_channels: int, ratio: float) -> nn.Module:
-    """A full 3x3 convolution in place of the 1x1 that makes the hidden features of the liquid layer."""
-    hidden = hidden_width(channels, ratio)
-    layer = ParallelCfC(channels, condition_channels, hidden)
-    layer.backbone = nn.Conv2d(channels, hidden, 3, padding=1)
-    return Variant(channels, condition_channels, layer)
+    return _with_liquid(layer)
 
 
 @dataclass(frozen=True)
@@ -262,66 +234,59 @@ class Ablation:
 
     Attributes:
         question: what it answers, in a few words for the table.
-        block: made of (channels, condition_channels, ratio).
+        block: made of (channels, condition_channels, hidden).
         times, time_shift: the distribution of the training times.
-        shape: in place of the preset's; its parameters are not matched, but may not be 5 % off either.
-        equal: whether its parameters are matched; else it has what it has, and the table tells.
     """
 
     question: str
     block: Block
     times: TimeSampling = "logit-normal"
     time_shift: float = 1.0
-    shape: UNetConfig | None = None
-    equal: bool = True
 
-
-_NARROW = UNetConfig((64, 128, 160), (1, 1, 1), 3)
 
 ABLATIONS = {
     "liquid": Ablation("the block as it ships", _switched("liquid", "liquid")),
     "gate static": Ablation("a gate without time", _switched("static", "liquid")),
-    "gate none": Ablation("no gate: the mean of two heads", _switched("none", "liquid")),
+    "gate none": Ablation("no gate: one head and SiLU", _switched("none", "liquid")),
     "gate content-free": Ablation("a gate of time alone", _with_liquid(ContentFreeGate)),
-    "relaxation none": Ablation("no relaxation", _switched("liquid", "none")),
+    "gate three heads": Ablation(
+        "a convolution for each of f, g, h", _with_liquid(lambda *shape: ThreeHeads(*shape, product=False))
+    ),
+    "gate with h": Ablation("ours, and a head h", _with_liquid(lambda *shape: ThreeHeads(*shape, product=True))),
+    "gate behind": Ablation("slope and offset behind the heads too", _with_liquid(TimeBehindHeads)),
+    "relaxation none": Ablation("adaLN-zero for relaxation: SwiGLU", _switched("liquid", "none")),
     "relaxation mean": Ablation("the seed's relaxation", _with_liquid(MeanRelaxation)),
-    "relaxation early": Ablation("alpha starts at a half, not at 0.05", _with_liquid(EarlyRelaxation)),
-    "plain": Ablation("neither gate nor relaxation: 1x1, SiLU, 1x1", _without_condition(mlp)),
-    "plain, smaller": Ablation("the same, parameters not spent", _without_condition(mlp), equal=False),
-    "swiglu": Ablation("SwiGLU in the liquid layer's place", _without_condition(SwiGLU)),
+    "relaxation half": Ablation("alpha starts at a half, not at 0.95", _with_liquid(HalfRelaxation)),
+    "plain": Ablation("neither gate nor relaxation: 1x1, SiLU, 1x1", _switched("none", "none")),
     "backbone 3x3": Ablation(
         "depthwise 3x3 before the heads", _with_backbone(lambda c: nn.Conv2d(c, c, 3, padding=1, groups=c))
     ),
     "backbone 7x7": Ablation("depthwise 7x7 before the heads", _with_backbone(Depthwise7)),
-    "backbone dense": Ablation("a full 3x3 makes the hidden features", _dense),
-    "narrow": Ablation("a finest stage of 64 channels, not 96", _switched("liquid", "liquid"), shape=_NARROW),
-    "feed-forward": Ablation("and a step of its own for the wide features", WithFeedForward, shape=_NARROW),
-    "one step": Ablation("liquid layer and spatial mix in one step", OneStep),
+    "feed-forward": Ablation("half of the layer as a feed-forward", WithFeedForward),
     "mix grn": Ablation("response norm for the pooling gate", _with_mix(MixWithResponseNorm)),
     "mix no gate": Ablation("no pooling gate", _with_mix(MixWithoutGate)),
-    "no adaln-zero": Ablation("residual steps without output gates", WithoutOutputGates),
+    "no adaln-zero": Ablation("the spatial mix without output gate", WithoutOutputGate),
     "times uniform": Ablation("training times uniform", _switched("liquid", "liquid"), times="uniform"),
     "times shifted": Ablation("training times nearer to noise", _switched("liquid", "liquid"), time_shift=3.0),
 }
 
 
 def ablated(name: str, size: str, channels: int, num_classes: int) -> LiquidUNet:
-    """The variant called `name` in the shape of a preset, its parameters matched by its hidden features."""
-    ablation = ABLATIONS[name]
-    shape = ablation.shape or preset(size)
+    """The variant called `name` in the shape of a preset, its parameters matched by the width of its embedding."""
+    ablation, shape = ABLATIONS[name], preset(size)
 
-    def build(ratio: float) -> LiquidUNet:
+    def build(embedding: int | None) -> LiquidUNet:
         def block(width: int, condition_channels: int) -> nn.Module:
-            return ablation.block(width, condition_channels, ratio)
+            return ablation.block(width, condition_channels, hidden_width(width, shape.ratio))
 
-        return in_our_frame(block, channels, num_classes, shape.widths, shape.depths)
+        return in_our_frame(block, channels, num_classes, shape.widths, shape.depths, embedding)
 
-    if not ablation.equal or ablation.shape or name == "liquid":
-        return build(shape.ratio)
-    few, many = 0.5, 9.0
     with torch.device("meta"):
         wanted = LiquidUNet.from_preset(size, channels, num_classes).num_parameters()
-        while many - few > 0.05:  # a step of 32 channels is rarely finer
-            ratio = (few + many) / 2
-            few, many = (few, ratio) if build(ratio).num_parameters() > wanted else (ratio, many)
-    return build(few)
+        ours = build(shape.condition_channels)
+        if abs(ours.num_parameters() / wanted - 1) > _EQUAL:
+            counts = {width: build(width).num_parameters() for width in range(_STEP, 64 * _STEP, _STEP)}
+            embedding = min(counts, key=lambda width: abs(counts[width] - wanted))
+        else:
+            embedding = shape.condition_channels
+    return build(embedding)

@@ -21,7 +21,12 @@ Block = Callable[[int, int], nn.Module]
 
 
 def in_our_frame(
-    block: Block, channels: int, num_classes: int, widths: Sequence[int], depths: Sequence[int]
+    block: Block,
+    channels: int,
+    num_classes: int,
+    widths: Sequence[int],
+    depths: Sequence[int],
+    condition_channels: int | None = None,
 ) -> LiquidUNet:
     """Our U-Net with other blocks, made by block(channels, condition_channels) and called as block(x, condition)."""
 
@@ -29,7 +34,7 @@ def in_our_frame(
         def make_block(self, channels: int, condition_channels: int) -> nn.Module:
             return block(channels, condition_channels)
 
-    model = Framed(channels, num_classes, widths=widths, depths=depths)
+    model = Framed(channels, num_classes, widths=widths, depths=depths, condition_channels=condition_channels)
     stages = (*model.encoder.children(), model.bottleneck, *model.decoder.children())
     model._repeated_blocks = sorted({type(block).__name__ for stage in stages for block in stage.children()})
     return model

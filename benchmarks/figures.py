@@ -16,9 +16,11 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 QUALITY = RESULTS / "quality.csv"
+FORMER = RESULTS / "former" / "quality.csv"  # of the block and the frame before
 STEP_TIMES = RESULTS / "step-time.csv"
 CAUSAL = RESULTS / "causal.csv"
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "ablations.md"
+FORMER_DOCUMENT = DOCUMENT.with_name("ablations-before.md")
 NOT_YET = "*Not run yet.*"
 
 SETTING = (
@@ -32,6 +34,16 @@ SETTING = (
 )  # only what has these in common is compared
 _CLEAR = 2  # standard errors; less is called no difference
 _SEEDS = 3  # at least, for a claim
+
+PEERS = (
+    "liquid",
+    "plain",
+    "DiCo block",
+    "FCDM block",
+    "UNet2DModel",
+    "UNet2DModel, no attention",
+    "DiTTransformer2DModel",
+)
 
 Row = dict[str, str]
 
@@ -253,25 +265,32 @@ def draw_quality() -> None:
     from ablations import ABLATIONS
 
     rows = read_rows(QUALITY)
-    candidates = {name for name, ablation in ABLATIONS.items() if ablation.shape}  # for the preset
-    beside = {"liquid", "plain", *candidates}
-    peers = [row for row in rows if row["model"] not in ABLATIONS or row["model"] in beside]
-    variants = [row for row in rows if row["model"] in ABLATIONS]
-    questions = {name: ablation.question for name, ablation in ABLATIONS.items()}
-    tables = {"learning rates": tuning_table(rows), "ablations": comparison_tables(variants, "liquid", questions)}
-    tables["optimisers"] = optimizer_table(rows)
+    tables = _quality_tables(rows, {name: ablation.question for name, ablation in ABLATIONS.items()})
     for name, unit, x, words in (
         ("time", " s", "seconds", "seconds of training steps"),
         ("images", "images", "images", "images seen"),
     ):
-        some = [row for row in peers if row["budget"].endswith(unit)]
-        tables[f"peers at equal {name}"] = comparison_tables(some, "liquid")
-        some = [row for row in some if row["split"] == "val"]
+        some = [row for row in rows if row["model"] in PEERS and row["budget"].endswith(unit) and row["split"] == "val"]
         settings = list(_group(some, *SETTING).values())
         if settings:
             plot_curves(max(settings, key=len), f"quality-{name}", x, words)
             tables[f"peers at equal {name}"] += _picture(f"quality-{name}", f"Kernel distance against {words}")
     write_tables(tables)
+
+
+def _quality_tables(rows: list[Row], questions: dict[str, str] | None = None) -> dict[str, str]:
+    """Tables of rows of `quality.py`, by their names; with what each variant tests, or without."""
+    peers = [row for row in rows if row["model"] in PEERS]
+    variants = [row for row in rows if row["model"] in ("liquid", "plain") or row["model"] not in PEERS]
+    return {
+        "learning rates": tuning_table(rows),
+        "ablations": comparison_tables(variants, "liquid", questions),
+        "optimisers": optimizer_table(rows),
+        "peers at equal time": comparison_tables([row for row in peers if row["budget"].endswith(" s")], "liquid"),
+        "peers at equal images": comparison_tables(
+            [row for row in peers if row["budget"].endswith("images")], "liquid"
+        ),
+    }
 
 
 def _picture(name: str, words: str) -> str:
@@ -300,6 +319,8 @@ def draw_causal() -> None:
 
 def main() -> None:
     draw_quality()
+    former = _quality_tables(read_rows(FORMER))
+    write_tables({f"former {name}": table for name, table in former.items()}, FORMER_DOCUMENT)
     draw_causal()
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from liquid_diffusion.flow import interpolate
 from liquid_diffusion.loading import load_pipeline
+from liquid_diffusion.models.layers import channel_norm
 from liquid_diffusion.models.liquid import LiquidBlock, ParallelCfC
 from liquid_diffusion.models.unet import LiquidUNet
 from liquid_diffusion.pipeline import LiquidDiffusionPipeline
@@ -63,9 +64,9 @@ def curves(pipeline: LiquidDiffusionPipeline, times: Tensor) -> dict[str, tuple[
     def look(name: str, layer: ParallelCfC, x: Tensor, condition: Tensor) -> None:
         alphas, gates = seen[name]
         alphas.append(layer.alpha(condition).mean(0))
-        f = layer.heads(torch.nn.functional.silu(layer.backbone(x))).chunk(3, dim=1)[0]
         a, b = layer.slope_and_offset(condition)
-        gates.append(torch.sigmoid(a * f - b).mean((0, 2, 3)))
+        f = layer.heads(a * channel_norm(x) + b).chunk(2, dim=1)[0]
+        gates.append(torch.sigmoid(f).mean((0, 2, 3)))
 
     hooks = [
         block.cfc.register_forward_pre_hook(lambda layer, inputs, name=name: look(name, layer, *inputs))

@@ -68,6 +68,8 @@ def main() -> None:
     ]
     beside = [beside_the_gpu(measured) for measured in read_rows(RESULTS / "gpu-memory.csv")]
     for name, lines in (("memory.csv", rows), ("memory-beside-gpu.csv", beside)):
+        if not lines:  # no card was measured with this model yet
+            continue
         with (RESULTS / name).open("w", newline="") as file:
             writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
             writer.writeheader()

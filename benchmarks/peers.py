@@ -9,16 +9,16 @@ from diffusers import DiTTransformer2DModel, UNet2DModel
 from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
-from liquid_diffusion.models.layers import ConditionEmbedding, Downsample, Upsample
-from liquid_diffusion.models.unet import LiquidUNet
+from liquid_diffusion.models.layers import ConditionEmbedding, Downsample
+from liquid_diffusion.models.unet import LiquidUNet, hidden_width
 from liquid_diffusion.presets import preset
 from liquid_diffusion.training.optimizer import channel_mixers as ours
 
 # Chosen so that the parameters are those of our preset, within 5 % (`check_size` tells).
-_UNET_WIDTHS = {"nano": (64, 96, 128), "tiny": (96, 160, 288), "small": (160, 288, 512), "base": (224, 448, 736)}
-_UNET_WIDTHS_WITHOUT_ATTENTION = {"nano": (32, 128, 128), "tiny": (128, 160, 288)}
-_DICO_SHAPES = {"nano": ((64, 128, 160), (1, 2, 3)), "tiny": ((96, 192, 256), (2, 3, 6))}  # widths, depths
-_FCDM_SHAPES = {"nano": ((64, 160, 192), (1, 2, 3)), "tiny": ((96, 192, 256), (3, 4, 10))}
+_UNET_WIDTHS = {"nano": (64, 96, 128), "tiny": (96, 160, 288), "small": (160, 288, 512), "base": (224, 448, 768)}
+_UNET_WIDTHS_WITHOUT_ATTENTION = {"nano": (32, 128, 128), "tiny": (128, 192, 288)}
+_DICO_SHAPES = {"nano": ((64, 128, 160), (1, 2, 3)), "tiny": ((96, 192, 256), (2, 4, 6))}  # widths, depths
+_FCDM_SHAPES = {"nano": ((64, 160, 192), (1, 3, 3)), "tiny": ((96, 192, 256), (3, 4, 11))}
 # layers, heads, channels of a head: but for nano multiples of 16, which the attention of a GPU is fast in
 _DIT_SHAPES = {"nano": (6, 4, 52), "tiny": (7, 5, 80), "small": (12, 11, 48), "base": (15, 9, 80)}
 
@@ -96,14 +96,14 @@ def channel_mixers(model: nn.Module) -> list[nn.Parameter]:
 class EagerBlock(nn.Module):
     """The formulas of our block as one would first write them: three depthwise convolutions, no fused operation."""
 
-    def __init__(self, channels: int, condition_channels: int, ratio: int) -> None:
+    def __init__(self, channels: int, condition_channels: int, hidden: int) -> None:
         super().__init__()
-        self.modulation = nn.Linear(condition_channels, 6 * channels)
-        self.backbone = nn.Conv2d(channels, ratio * channels, 1)
-        self.heads = nn.Conv2d(ratio * channels, 3 * channels, 1)
+        self.heads = nn.Conv2d(channels, 2 * hidden, 1)
+        self.project_heads = nn.Conv2d(hidden, channels, 1)
         self.time_gate = nn.Linear(condition_channels, 2 * channels)
         self.time_relaxation = nn.Linear(condition_channels, channels)
         self.log_rate = nn.Parameter(torch.zeros(channels))
+        self.modulation = nn.Linear(condition_channels, 3 * channels)
         self.depthwise = nn.ModuleList(nn.Conv2d(channels, channels, k, 1, k // 2, groups=channels) for k in (3, 5, 7))
         self.pool_gate = nn.Linear(channels, channels)
         self.project = nn.Conv2d(channels, channels, 1)
@@ -114,19 +114,17 @@ class EagerBlock(nn.Module):
         return (x - mean) / torch.sqrt((x - mean).square().mean(1, keepdim=True) + 1e-6)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        m = self.modulation(condition)[:, :, None, None].chunk(6, 1)
-        u = self.normalise(x) * (1 + m[0]) + m[1]
-        f, g, h = self.heads(F.silu(self.backbone(u))).chunk(3, 1)
         a, b = self.time_gate(condition)[:, :, None, None].chunk(2, 1)
-        gate = torch.sigmoid(a * f - b)
-        out = gate * g + (1 - gate) * h
+        f, v = self.heads(a * self.normalise(x) + b).chunk(2, 1)
+        out = self.project_heads(torch.sigmoid(f) * f * v)
         alpha = torch.exp(-self.log_rate.exp() * self.time_relaxation(condition).abs())[:, :, None, None]
-        x = x + m[2] * (alpha * u + (1 - alpha) * out)
-        u = self.normalise(x) * (1 + m[3]) + m[4]
+        x = alpha * x + (1 - alpha) * out
+        scale, shift, c = self.modulation(condition)[:, :, None, None].chunk(3, 1)
+        u = self.normalise(x) * (1 + scale) + shift
         mixed = (
             sum(layer(u) for layer in self.depthwise) * torch.sigmoid(self.pool_gate(u.mean((2, 3))))[..., None, None]
         )
-        return x + m[5] * self.project(mixed)
+        return x + c * self.project(mixed)
 
 
 class EagerLiquidUNet(nn.Module):
@@ -136,24 +134,27 @@ class EagerLiquidUNet(nn.Module):
         super().__init__()
         shape = preset(name)
         widths, depths = shape.widths, shape.depths
-        wide = 4 * widths[0]
+        wide = shape.condition_channels or 4 * widths[0]
         self.null_label = num_classes
 
         def blocks(i: int, depth: int) -> nn.ModuleList:
-            return nn.ModuleList(EagerBlock(widths[i], wide, shape.ratio) for _ in range(depth))
+            return nn.ModuleList(
+                EagerBlock(widths[i], wide, hidden_width(widths[i], shape.ratio)) for _ in range(depth)
+            )
 
         last = len(widths) - 1
         self.condition = ConditionEmbedding(widths[0], wide, num_classes)
-        self.stem = nn.Sequential(
-            nn.Conv2d(channels, widths[0], 3, 1, 1), nn.SiLU(), nn.Conv2d(widths[0], widths[0], 3, 1, 1)
-        )
+        self.stem = nn.Conv2d(channels, widths[0], 3, 1, 1)
         self.encoder = nn.ModuleList(blocks(i, depth) for i, depth in enumerate(depths))
         self.downsamples = nn.ModuleList(Downsample(widths[i], widths[i + 1]) for i in range(last))
         self.bottleneck = blocks(last, 2)
         self.decoder = nn.ModuleList(blocks(i, depths[i]) for i in range(last, -1, -1))
-        self.fuses = nn.ModuleList(nn.Conv2d(2 * widths[i], widths[i], 1) for i in range(last, -1, -1))
-        self.upsamples = nn.ModuleList(Upsample(widths[i + 1], widths[i]) for i in range(last - 1, -1, -1))
-        self.norm = nn.GroupNorm(8, widths[0])
+        below = [last, *range(last, 0, -1)]
+        self.fuses = nn.ModuleList(
+            nn.Conv2d(widths[coarse] + widths[fine], widths[fine], 1)
+            for coarse, fine in zip(below, range(last, -1, -1), strict=True)
+        )
+        self.norm = nn.LayerNorm(widths[0], eps=1e-6)
         self.head = nn.Conv2d(widths[0], channels, 3, 1, 1)
 
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -169,11 +170,11 @@ class EagerLiquidUNet(nn.Module):
         for block in self.bottleneck:
             x = block(x, condition)
         for i, stage in enumerate(self.decoder):
-            x = self.upsamples[i - 1](x) if i else x
+            x = F.interpolate(x, scale_factor=2.0) if i else x
             x = self.fuses[i](torch.cat([x, skips.pop()], 1))
             for block in stage.children():
                 x = block(x, condition)
-        return self.head(F.silu(self.norm(x)))
+        return self.head(F.silu(self.norm(x.movedim(1, -1)).movedim(-1, 1)))
 
 
 def compile_for_training(model: nn.Module) -> None:

@@ -4,7 +4,7 @@
     python benchmarks/quality.py --seconds 480 --seeds 0 1 2        # then measure on val, equal wall-clock
     python benchmarks/quality.py --images 100000 --seeds 0 1 2      # or equal images
     python benchmarks/quality.py --models ablations --seconds 480 --seeds 0 1 2
-    python benchmarks/quality.py --measure 30                       # step times, taken in turns, for --clock table
+    python benchmarks/quality.py --measure 30   # step times, taken in turns, for --clock table
     python benchmarks/quality.py --draw                             # only tables and plots, from the CSV
 
 Each training appends its points to benchmarks/results/quality.csv when it is whole; one that is there already is left
@@ -63,7 +63,7 @@ COLUMNS = [
 ]
 STEP_TIME_COLUMNS = [
     *("commit", "machine", "threads", "size", "preset", "model", "optimizer"),
-    *("median_ms", "least_ms", "most_ms", "runs"),
+    *("median_ms", "least_ms", "most_ms", "runs", "scale"),
 ]
 OURS = "liquid"
 PEERS: dict[str, Callable[[str, int, int, int], nn.Module]] = {
@@ -78,14 +78,9 @@ PEERS: dict[str, Callable[[str, int, int, int], nn.Module]] = {
 
 
 def build(name: str, preset: str, channels: int, classes: int, side: int) -> nn.Module:
-    """The peer or variant called `name`, of equal parameters unless it says otherwise."""
-    if name in PEERS:
-        model = PEERS[name](preset, channels, classes, side)
-        equal = True
-    else:
-        model, equal = ablated(name, preset, channels, classes), ABLATIONS[name].equal
-    if equal:
-        check_size(model, LiquidUNet.from_preset(preset, channels, classes).num_parameters())
+    """The peer or variant called `name`, of equal parameters."""
+    model = PEERS[name](preset, channels, classes, side) if name in PEERS else ablated(name, preset, channels, classes)
+    check_size(model, LiquidUNet.from_preset(preset, channels, classes).num_parameters())
     return model
 
 
@@ -159,21 +154,29 @@ class Comparison:
         return Training(model, self.train, self.codec, *how)
 
     def measure(self, names: list[str], runs: int) -> None:
-        """Take training steps of all these models in turns, and append a row for each to step-time.csv."""
+        """Take training steps of all these models in turns, and append a row to step-time.csv for each that has none.
+
+        Those that have one say how much slower this hour is than the one of the table, which the new rows are
+        divided by (their median where they differ).
+        """
         torch._dynamo.config.recompile_limit = 8 * len(names)  # models that share a block's code share its limit
         trainings = {name: self._training(name, 0, LEARNING_RATES[0]) for name in names}
         for training in trainings.values():
             training.model.train()
             training.warm_up()
         times = take_turns({name: training.step for name, training in trainings.items()}, runs, self.device)
-        rows = []
+        rows, known = [], {name: step_times(name, self.options) for name in names}
+        slower = [statistics.median(times[name]) / float(had[-1]["median_ms"]) for name, had in known.items() if had]
+        scale = 1 / statistics.median(slower) if slower else 1.0
         for name, some in times.items():
-            middle = statistics.median(some)
+            if known[name]:
+                continue
+            middle, least, most = (scale * value for value in (statistics.median(some), min(some), max(some)))
             facts = {key: getattr(self.options, key) for key in ("size", "preset", "optimizer")}
-            found = {"median_ms": middle, "least_ms": min(some), "most_ms": max(some), "runs": runs}
+            found = {"median_ms": middle, "least_ms": least, "most_ms": most, "runs": runs, "scale": scale}
             threads = {"machine": machine(self.device), "threads": self._threads()}
             rows.append({"model": name, **facts, **found, **threads})
-            print(f"{name}: {middle:.1f} ms a step ({min(some):.1f} to {max(some):.1f})", flush=True)
+            print(f"{name}: {middle:.1f} ms a step ({least:.1f} to {most:.1f})", flush=True)
         append_rows(STEP_TIMES, STEP_TIME_COLUMNS, rows)
 
     def _threads(self) -> int | str:

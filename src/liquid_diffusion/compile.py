@@ -7,11 +7,10 @@ What is rewritten, all of it exactly:
 
 - time embedding, label embedding, and every linear layer behind them become a table of vectors, a row for each
   (time, label);
-- the heads g and h of the gate become h and g - h, so that ``gate g + (1 - gate) h = h + gate (g - h)`` is one pass;
-- slope and offset of the gate, relaxation weight and output gate are multiplied into one another in the table;
-- where all pictures have one condition, scale and shift of the modulation become weight and bias of the norm, and
-  the rows of the table are multiplied into the convolutions, which add to the residual stream themselves;
-- the three depthwise kernels become one;
+- where all pictures have one condition, slope and offset of the gate, scale and shift of the modulation become weight
+  and bias of the norms, and the rows of the table are multiplied into the convolutions, which add to the residual
+  stream themselves;
+- the three depthwise kernels become one; of the two heads one is multiplied into the other by its convolution;
 - weights are converted to the sampling dtype, and on a CPU to the layout of its matrix unit, once;
 - on a GPU the whole evaluation is recorded as a CUDA graph at its second call and replayed from then on.
 
@@ -35,6 +34,7 @@ from liquid_diffusion.models.layers import channel_norm
 from liquid_diffusion.sampling import Velocity
 
 if TYPE_CHECKING:  # of a bundled pipeline the model's classes are in another file
+    from liquid_diffusion.models.layers import Join
     from liquid_diffusion.models.liquid import LiquidBlock
     from liquid_diffusion.models.unet import LiquidUNet
 
@@ -85,16 +85,19 @@ class _Convolution:
         self.onednn = weight.device.type == "cpu" and _onednn_computes(dtype)
 
     @classmethod
-    def of(cls, layer: nn.Conv2d, dtype: torch.dtype, silu: bool = False) -> _Convolution:
+    def of(cls, layer: nn.Conv2d, dtype: torch.dtype) -> _Convolution:
         """The convolution of a layer with "same" padding, or of a downsampling one."""
         assert layer.bias is not None
-        return cls(layer.weight, layer.bias, dtype, stride=layer.stride[0], silu=silu)
+        return cls(layer.weight, layer.bias, dtype, stride=layer.stride[0])
+
+    @property
+    def _geometry(self) -> tuple[list[int], list[int], list[int], int]:
+        return self.padding, self.stride, [1, 1], self.groups
 
     def _call(self, z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         if self.onednn:
-            geometry = (self.padding, self.stride, [1, 1], self.groups)
             return torch.ops.mkldnn._convolution_pointwise(
-                z, weight, bias, *geometry, "swish" if self.silu else "none", [], "none"
+                z, weight, bias, *self._geometry, "swish" if self.silu else "none", [], "none"
             )
         if z.is_cuda and weight.shape[2] == 1:  # cuBLAS adds the bias itself, cuDNN's convolution in another kernel
             y = F.linear(z.permute(0, 2, 3, 1), weight[:, :, 0, 0], bias).permute(0, 3, 1, 2)
@@ -104,20 +107,27 @@ class _Convolution:
 
     def __call__(self, z: Tensor) -> Tensor:
         """z (B, C, H, W) -> (B, C', H', W')."""
-        if self.onednn and z.shape not in self.packed:
-            self.packed[z.shape] = torch.ops.mkldnn._reorder_convolution_weight(
-                self.weight, self.padding, self.stride, [1, 1], self.groups, z.shape
-            )
-        return self._call(z, self.packed[z.shape] if self.onednn else self.weight, self.bias)
+        return self._call(z, self._weight_for(z), self.bias)
+
+    def _weight_for(self, z: Tensor) -> Tensor:
+        if not self.onednn:
+            return self.weight
+        if z.shape not in self.packed:
+            self.packed[z.shape] = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self._geometry, z.shape)
+        return self.packed[z.shape]
+
+    def times(self, z: Tensor, factor: Tensor) -> Tensor:
+        """``factor conv(z)``, factor (B, C', H', W'), which may be overwritten."""
+        if not self.onednn:
+            return factor.mul_(self(z))
+        weight = self._weight_for(z)
+        return torch.ops.mkldnn._convolution_pointwise.binary(
+            z, factor, weight, self.bias, *self._geometry, "mul", None, None, [], None
+        )
 
     def folds(self, z: Tensor, scale: Tensor) -> bool:
         """Whether to multiply a scale (B, C', 1, 1) into the weights: one for all pictures, and cheaper than a pass."""
         return z.device.type == "cpu" and len(scale) == 1 and self.weight.numel() < z.numel()
-
-    def scaled(self, z: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        """``scale conv(z) + shift``, folded into the weights; only where `folds` says so."""
-        scale, shift = scale.flatten(), shift.flatten()
-        return self._call(z, self.weight * scale[:, None, None, None], torch.addcmul(shift, self.bias, scale))
 
     def add_to(self, x: Tensor, z: Tensor, scale: Tensor) -> None:
         """``x <- x + scale conv(z)``."""
@@ -129,8 +139,9 @@ class _Convolution:
         if not self.onednn:
             x.add_(self._call(z, weight, bias))
             return
-        geometry = (self.padding, self.stride, [1, 1], self.groups)
-        torch.ops.mkldnn._convolution_pointwise_.binary(x, z, weight, bias, *geometry, "add", None, None, [], None)
+        torch.ops.mkldnn._convolution_pointwise_.binary(
+            x, z, weight, bias, *self._geometry, "add", None, None, [], None
+        )
 
 
 class _FoldedBlock:
@@ -138,27 +149,23 @@ class _FoldedBlock:
 
     def __init__(self, block: LiquidBlock, conditions: Tensor, dtype: torch.dtype, tables: list[Tensor]) -> None:
         cfc, mix = block.cfc, block.mix
-        m = block.modulation(conditions).float().chunk(6, dim=1)  # 6 x (R, C)
-        alpha = cfc.alpha(conditions) if cfc.relaxation == "liquid" else torch.zeros_like(m[2])
-        keep, take = m[2] * alpha, m[2] * (1 - alpha)
-        weight, bias = cfc.heads.weight, cfc.heads.bias
-        assert bias is not None
-        self.gated = cfc.gate != "none"
-        if self.gated:
-            slope, offset = (
-                part[:, :, 0, 0].float().expand_as(keep) for part in cfc.slope_and_offset(conditions)
-            )  # (R, C) each
-            (f, g, h), (f0, g0, h0) = weight.chunk(3), bias.chunk(3)
-            weight, bias = torch.cat([f, g - h, h]), torch.cat([f0, g0 - h0, h0])
-            scale, shift = torch.cat([slope, take, take], 1), F.pad(-offset, (0, 2 * offset.shape[1]))
-        else:
-            weight, bias = torch.stack(weight.chunk(2)).mean(0), torch.stack(bias.chunk(2)).mean(0)
-            scale, shift = take, torch.zeros_like(take)
-        rows = [1 + m[0], m[1], keep, take, scale, shift, 1 + m[3], m[4], m[5]]
-        tables.append(torch.cat(rows, 1).to(dtype))
-        self.widths = [part.shape[1] for part in rows]
-        self.backbone = _Convolution.of(cfc.backbone, dtype, silu=True)
-        self.heads = _Convolution(weight, bias, dtype)
+        channels = cfc.project.out_channels
+        slope, offset = (
+            part[:, :, 0, 0].expand(len(conditions), channels) for part in cfc.slope_and_offset(conditions)
+        )  # (R, C) each
+        self.relaxed = cfc.relaxation == "liquid"
+        take = 1 - cfc.alpha(conditions) if self.relaxed else cfc.output_gate(conditions)  # (R, C)
+        scale, shift, output = block.modulation(conditions).chunk(3, dim=1)  # (R, C) each
+        rows = torch.stack([slope, offset, take, 1 + scale, shift, output], 1)  # (R, 6, C)
+        tables.append(rows.flatten(1).to(dtype))
+        weights, biases = [cfc.heads.weight], [cast("Tensor", cfc.heads.bias)]
+        if cfc.gate != "none":
+            weights, biases = list(weights[0].chunk(2)), list(biases[0].chunk(2))
+        self.gate, *self.value = [
+            _Convolution(weight, bias, dtype, silu=i == 0)
+            for i, (weight, bias) in enumerate(zip(weights, biases, strict=True))
+        ]
+        self.out = _Convolution.of(cfc.project, dtype)
         kernel = merge_kernels(mix.kernel_3, mix.kernel_5, mix.kernel_7)
         self.depthwise = _Convolution(kernel, mix.bias, dtype, groups=kernel.shape[0])
         pool = mix.pool_gate
@@ -167,28 +174,35 @@ class _FoldedBlock:
 
     def __call__(self, x: Tensor, vectors: Tensor) -> Tensor:
         """x (B, C, H, W), which is overwritten, and the rows of the table for its pictures, or one for all."""
-        v = vectors[..., None, None].split(self.widths, dim=1)  # 9 x (B or 1, C or 3 C, 1, 1)
-        u = _modulated_norm(x, v[0], v[1])
-        x.addcmul_(u, v[2])
-        self._add_gate(x, self.backbone(u), v[3], v[4], v[5])
+        slope, offset, take, scale, shift, output = vectors[..., None, None].chunk(6, dim=1)  # (B or 1, C, 1, 1) each
+        u = _modulated_norm(x, slope, offset)
+        z = self.gate(u)
+        for value in self.value:  # none where there is no gate
+            z = value.times(u, z)
+        if self.relaxed:
+            x.lerp_(self.out(z), take)
+        else:
+            self.out.add_to(x, z, take)
 
-        u = _modulated_norm(x, v[6], v[7])
+        u = _modulated_norm(x, scale, shift)
         pooled = self.pool_gate(u.mean((2, 3), keepdim=True)).sigmoid_()
-        self.project.add_to(x, self.depthwise(u).mul_(pooled), v[8])
+        self.project.add_to(x, self.depthwise(u).mul_(pooled), output)
         return x
 
-    def _add_gate(self, x: Tensor, z: Tensor, take: Tensor, scale: Tensor, shift: Tensor) -> None:
-        """``x <- x + take (h + sigmoid(slope f - offset) (g - h))`` of the heads of z."""
-        if not self.gated:
-            self.heads.add_to(x, z, take)
-        elif self.heads.folds(z, scale):
-            f, difference, h = self.heads.scaled(z, scale, shift).chunk(3, dim=1)
-            x.add_(h).addcmul_(f.sigmoid(), difference)
-        else:
-            f, difference, h = self.heads(z).chunk(3, dim=1)
-            slope, offset = scale.chunk(3, dim=1)[0], shift.chunk(3, dim=1)[0]
-            gate = torch.addcmul(offset, f, slope).sigmoid_()
-            x.addcmul_(torch.addcmul(h, gate, difference), take)
+
+class _FoldedJoin:
+    """A `Join` with its weights in the sampling dtype."""
+
+    def __init__(self, join: Join, dtype: torch.dtype) -> None:
+        self.scale = join.scale
+        self.below, self.skip = _Convolution.of(join.below, dtype), _Convolution.of(join.skip, dtype)
+
+    def __call__(self, x: Tensor, skip: Tensor) -> Tensor:
+        """x (B, C', H / scale, W / scale), skip (B, C, H, W) -> (B, C, H, W), a new tensor."""
+        x = self.below(x)
+        if self.scale > 1:
+            x = F.interpolate(x, scale_factor=float(self.scale), mode="nearest")
+        return x.add_(self.skip(skip))
 
 
 class _Recording:
@@ -249,15 +263,15 @@ class CompiledVelocity:
         def convolutions(layers: nn.Module) -> list[_Convolution]:
             return [_Convolution.of(layer, dtype) for layer in layers.children() if isinstance(layer, nn.Conv2d)]
 
-        self.stem = convolutions(model.stem)
+        self.stem = _Convolution.of(model.stem, dtype)
         self.encoder = [blocks(stage) for stage in model.encoder]
         self.downsamples = convolutions(model.downsamples)
         self.bottleneck = blocks(model.bottleneck)
-        self.fuses = convolutions(model.fuses)
-        self.upsamples = convolutions(model.upsamples)
+        self.joins = [_FoldedJoin(cast("Join", join), dtype) for join in model.joins]
         self.decoder = [blocks(stage) for stage in model.decoder]
-        self.groups, self.eps = model.norm.num_groups, model.norm.eps
-        self.norm_weight, self.norm_bias = model.norm.weight.to(dtype), model.norm.bias.to(dtype)
+        self.norm = functools.partial(
+            channel_norm, weight=model.norm.weight.to(dtype), bias=model.norm.bias.to(dtype), eps=model.norm.eps
+        )
         self.head = _Convolution.of(model.head, dtype)
         self.table, self.table_widths = torch.cat(tables, 1), [table.shape[1] for table in tables]
         self.recordings: dict[torch.Size, _Recording | None] = {}  # of a GPU; None for a shape that was met once
@@ -290,8 +304,7 @@ class CompiledVelocity:
         """As many pictures at a time as a CPU's cache holds; a GPU wants all at once, and recorded."""
         if self.device.type == "cuda":
             return self._recorded(x, rows)
-        stem_channels, itemsize = len(self.norm_weight), x.element_size()
-        at_once = max(1, _CACHE_BYTES // (stem_channels * x.shape[2] * x.shape[3] * itemsize))
+        at_once = max(1, _CACHE_BYTES // (len(self.stem.bias) * x.shape[2] * x.shape[3] * x.element_size()))
         if self.device.type != "cpu" or len(x) <= at_once:
             return self._forward(x, rows)
         parts = x.split(at_once)
@@ -309,9 +322,7 @@ class CompiledVelocity:
     def _forward(self, x: Tensor, rows: Tensor) -> Tensor:
         """x (B, C, H, W) and rows of the table, (B,) or (1,) for all -> (B, C, H, W)."""
         vectors = iter(self.table[rows].split(self.table_widths, dim=1))
-        first, second = self.stem
-        x = second(F.silu(first(x), inplace=True))
-        skips = []
+        x, skips = self.stem(x), []
         for i, stage in enumerate(self.encoder):
             for block in stage:
                 x = block(x, next(vectors))
@@ -319,13 +330,11 @@ class CompiledVelocity:
             x = self.downsamples[i](x) if i < len(self.downsamples) else x.clone()
         for block in self.bottleneck:
             x = block(x, next(vectors))
-        for i, stage in enumerate(self.decoder):
-            if i > 0:
-                x = self.upsamples[i - 1](F.interpolate(x, scale_factor=2.0, mode="nearest"))
-            x = self.fuses[i](torch.cat([x, skips.pop()], dim=1))
+        for join, stage in zip(self.joins, self.decoder, strict=True):
+            x = join(x, skips.pop())
             for block in stage:
                 x = block(x, next(vectors))
-        return self.head(F.silu(F.group_norm(x, self.groups, self.norm_weight, self.norm_bias, self.eps)))
+        return self.head(F.silu(self.norm(x), inplace=True))
 
 
 @torch.no_grad()

@@ -15,11 +15,12 @@ GUIDANCE = 2.0  # of grids and samples where nothing is said
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Shape of a `LiquidUNet`: channels and blocks of each stage, width of the hidden features over the channels."""
+    """Shape of a `LiquidUNet`, see there."""
 
     widths: tuple[int, ...]
     depths: tuple[int, ...]
-    ratio: int = 4
+    ratio: float = 4.0
+    condition_channels: int | None = None
 
 
 def _option(default: Any, text: str) -> Any:

@@ -75,13 +75,17 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 class ParallelCfC(nn.Module):
     """The liquid layer: every pixel takes one closed-form step, all in parallel; no recurrence, no solver.
 
+    ``f, v = heads(a(t) norm(x) + b(t))``, ``out = project(sigma(f) g)`` with the head ``g = f v``, and the state x is
+    relaxed towards `out`. Slope and offset of the time stand in front of the heads, where there are fewer channels; the
+    second head of `cfc_gate` is zero (docs/ablations.md has what a third convolution for it was worth).
+
     Args:
         channels: C.
         condition_channels: T.
-        hidden: width of the hidden features.
-        gate: "liquid" has slope and offset that depend on the time, "static" learned constants, "none" replaces the
-            gate by the mean of the two heads.
-        relaxation: "liquid" or "none" (the output is the mixture alone).
+        hidden: width H of the heads.
+        gate: "liquid" has slope and offset that depend on the time, "static" learned constants; with "none" there is
+            no gate but one nonlinear head, ``out = project(SiLU(f))``.
+        relaxation: "liquid", or "none" for a residual sum ``x + c(t) out`` that starts at c = 0 (adaLN-zero).
     """
 
     def __init__(
@@ -95,30 +99,32 @@ class ParallelCfC(nn.Module):
         super().__init__()
         self.gate = gate
         self.relaxation = relaxation
-        self.backbone = nn.Conv2d(channels, hidden, 1)
-        self.heads = nn.Conv2d(hidden, (2 if gate == "none" else 3) * channels, 1)
-        if gate == "liquid":
-            self.time_gate = nn.Linear(condition_channels, 2 * channels)
-        elif gate == "static":
+        self.heads = nn.Conv2d(channels, hidden if gate == "none" else 2 * hidden, 1)
+        self.project = nn.Conv2d(hidden, channels, 1)
+        if gate == "static":
             self.slope = nn.Parameter(torch.ones(channels))
             self.offset = nn.Parameter(torch.zeros(channels))
+        else:
+            self.time_gate = nn.Linear(condition_channels, 2 * channels)
         if relaxation == "liquid":
             self.time_relaxation = nn.Linear(condition_channels, channels)
             self.log_rate = nn.Parameter(torch.zeros(channels))
+        else:
+            self.output_gate = nn.Linear(condition_channels, channels)
 
     def reset_parameters(self) -> None:
-        """Start at a = 1, b = 0 and alpha = 0.05, each with a small slope in time so that all of them can learn.
-
-        Layers that started with half of their state kept learnt more slowly ("relaxation early" in docs/ablations.md).
-        """
-        if self.gate == "liquid":
-            nn.init.normal_(self.time_gate.weight, std=0.02)
+        """Start at a = 1, b = 0 and alpha = 0.95: close to the identity, whatever the time."""
+        if self.gate != "static":
+            nn.init.zeros_(self.time_gate.weight)
             slope, offset = self.time_gate.bias.detach().chunk(2)
             slope.fill_(1)
             offset.fill_(0)
         if self.relaxation == "liquid":
-            nn.init.normal_(self.time_relaxation.weight, std=0.02)
-            nn.init.constant_(self.time_relaxation.bias, -math.log(0.05))
+            nn.init.normal_(self.time_relaxation.weight, std=0.002)  # of zeros |w| would have no gradient where it is 0
+            nn.init.constant_(self.time_relaxation.bias, -math.log(0.95))
+        else:
+            nn.init.zeros_(self.output_gate.weight)
+            nn.init.zeros_(self.output_gate.bias)
 
     def slope_and_offset(self, condition: Tensor) -> tuple[Tensor, Tensor]:
         """a and b of the gate for a condition (B, T): (B or 1, C, 1, 1) each."""
@@ -132,16 +138,16 @@ class ParallelCfC(nn.Module):
         return relaxation_weight(self.log_rate.float().exp(), self.time_relaxation(condition))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        z = F.silu(self.backbone(x))  # (B, hidden, H, W)
+        a, b = self.slope_and_offset(condition)  # (B, C, 1, 1) each
+        z = self.heads(torch.addcmul(b.to(x.dtype), channel_norm(x), a.to(x.dtype)))  # (B, 2 H, H, W)
         if self.gate == "none":
-            g, h = self.heads(z).chunk(2, dim=1)  # (B, C, H, W) each
-            out = (g + h) / 2
+            z = F.silu(z)  # (B, H, H, W)
         else:
-            f, g, h = self.heads(z).chunk(3, dim=1)  # (B, C, H, W) each
-            a, b = self.slope_and_offset(condition)  # (B, C, 1, 1) each
-            out = cfc_gate(f, g, h, a.to(f.dtype), b.to(f.dtype))  # (B, C, H, W)
+            f, v = z.chunk(2, dim=1)
+            z = F.silu(f) * v  # cfc_gate(f, f * v, 0)
+        out = self.project(z)  # (B, C, H, W)
         if self.relaxation == "none":
-            return out
+            return torch.addcmul(x, self.output_gate(condition)[:, :, None, None].to(x.dtype), out)
         alpha = self.alpha(condition)[:, :, None, None].to(out.dtype)  # (B, C, 1, 1)
         return liquid_relaxation(x, out, alpha)
 
@@ -172,15 +178,15 @@ class MultiScaleSpatialMix(nn.Module):
 
 
 class LiquidBlock(nn.Module):
-    """Two residual steps, liquid layer and spatial mix, each modulated by the condition.
+    """A liquid layer, and a spatial mix that is added: ``x <- cfc(x)``, ``x <- x + c mix(modulate(norm(x)))``.
 
-    ``x <- x + c part(modulate(norm(x)))`` with scale, shift and output gate c linear in the condition; the output
-    gates start at zero, so that a new block is the identity (adaLN-zero, arXiv 2212.09748).
+    Scale, shift and output gate c of the mix are linear in the condition; c starts at zero (adaLN-zero, arXiv
+    2212.09748).
 
     Args:
         channels: C.
         condition_channels: T.
-        ratio: width of the liquid layer's hidden features over C.
+        hidden: width of the liquid layer's heads.
         gate, relaxation: see `ParallelCfC`.
     """
 
@@ -188,18 +194,16 @@ class LiquidBlock(nn.Module):
         self,
         channels: int,
         condition_channels: int,
-        ratio: int = 4,
+        hidden: int,
         gate: Gate = "liquid",
         relaxation: Relaxation = "liquid",
     ) -> None:
         super().__init__()
-        self.modulation = nn.Linear(condition_channels, 6 * channels)
-        self.cfc = ParallelCfC(channels, condition_channels, ratio * channels, gate, relaxation)
+        self.cfc = ParallelCfC(channels, condition_channels, hidden, gate, relaxation)
+        self.modulation = nn.Linear(condition_channels, 3 * channels)
         self.mix = MultiScaleSpatialMix(channels)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        m = self.modulation(condition)[:, :, None, None].chunk(6, dim=1)  # 6 x (B, C, 1, 1)
-        y = self.cfc(modulate(channel_norm(x), m[0], m[1]), condition)  # (B, C, H, W)
-        x = torch.addcmul(x, m[2], y)
-        y = self.mix(modulate(channel_norm(x), m[3], m[4]))
-        return torch.addcmul(x, m[5], y)
+        x = self.cfc(x, condition)  # (B, C, H, W)
+        scale, shift, c = self.modulation(condition)[:, :, None, None].chunk(3, dim=1)  # 3 x (B, C, 1, 1)
+        return torch.addcmul(x, c, self.mix(modulate(channel_norm(x), scale, shift)))

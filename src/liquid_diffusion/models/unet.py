@@ -15,9 +15,14 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
-from liquid_diffusion.models.layers import ConditionEmbedding, Downsample, Upsample
+from liquid_diffusion.models.layers import ChannelNorm, ConditionEmbedding, Downsample, Join
 from liquid_diffusion.models.liquid import Gate, LiquidBlock, ParallelCfC, Relaxation
 from liquid_diffusion.presets import preset
+
+
+def hidden_width(channels: int, ratio: float) -> int:
+    """About `ratio` times as wide, in multiples of 32 channels, the numbers that a CPU computes with at a time."""
+    return 32 * max(1, round(ratio * channels / 32))
 
 
 class LiquidUNet(ModelMixin, ConfigMixin):
@@ -28,8 +33,9 @@ class LiquidUNet(ModelMixin, ConfigMixin):
         num_classes: labels 0 to num_classes - 1; num_classes itself is the null label. 0 for an unconditional model.
         widths: channels of each stage, from the finest.
         depths: liquid blocks of each stage, in the encoder and again in the decoder.
-        ratio: width of the hidden features of the liquid layers over the channels.
-        gate: "liquid", or for research "static" (no time in it) or "none" (plain mean of the heads).
+        ratio: width of the heads of the liquid layers over the channels, see `hidden_width`.
+        condition_channels: width T of the embedding of time and label; None for four times the first width.
+        gate: "liquid", or for research "static" (no time in it) or "none" (one head and SiLU).
         relaxation: "liquid", or for research "none".
 
     Raises:
@@ -47,31 +53,31 @@ class LiquidUNet(ModelMixin, ConfigMixin):
         num_classes: int = 0,
         widths: Sequence[int] = (64, 128, 256),
         depths: Sequence[int] = (2, 2, 4),
-        ratio: int = 4,
+        ratio: float = 4.0,
+        condition_channels: int | None = None,
         gate: Gate = "liquid",
         relaxation: Relaxation = "liquid",
     ) -> None:
         super().__init__()
         if len(widths) != len(depths):
             raise ValueError(f"widths {tuple(widths)} and depths {tuple(depths)} differ in length")
-        condition_channels = 4 * widths[0]
+        embedding = condition_channels or 4 * widths[0]
 
         def blocks(width: int, depth: int) -> nn.ModuleList:
-            return nn.ModuleList(self.make_block(width, condition_channels) for _ in range(depth))
+            return nn.ModuleList(self.make_block(width, embedding) for _ in range(depth))
 
-        self.condition = ConditionEmbedding(widths[0], condition_channels, num_classes)
-        self.stem = nn.Sequential(
-            nn.Conv2d(in_channels, widths[0], 3, padding=1), nn.SiLU(), nn.Conv2d(widths[0], widths[0], 3, padding=1)
-        )
+        self.condition = ConditionEmbedding(widths[0], embedding, num_classes)
+        self.stem = nn.Conv2d(in_channels, widths[0], 3, padding=1)
         stages = list(zip(widths, depths, strict=True))
         steps = list(itertools.pairwise(widths))
         self.encoder = nn.ModuleList(blocks(width, depth) for width, depth in stages)
         self.downsamples = nn.ModuleList(Downsample(fine, coarse) for fine, coarse in steps)
         self.bottleneck = blocks(widths[-1], 2)
-        self.fuses = nn.ModuleList(nn.Conv2d(2 * width, width, 1) for width, _ in reversed(stages))
+        self.joins = nn.ModuleList(
+            [Join(widths[-1], widths[-1], 1), *(Join(coarse, fine, 2) for fine, coarse in reversed(steps))]
+        )
         self.decoder = nn.ModuleList(blocks(width, depth) for width, depth in reversed(stages))
-        self.upsamples = nn.ModuleList(Upsample(coarse, fine) for fine, coarse in reversed(steps))
-        self.norm = nn.GroupNorm(num_groups=8, num_channels=widths[0])
+        self.norm = ChannelNorm(widths[0])
         self.head = nn.Conv2d(widths[0], in_channels, 3, padding=1)
         self.gradient_checkpointing = False
         self.reset_parameters()
@@ -90,12 +96,14 @@ class LiquidUNet(ModelMixin, ConfigMixin):
             widths=shape.widths,
             depths=shape.depths,
             ratio=shape.ratio,
+            condition_channels=shape.condition_channels,
         )
 
     def make_block(self, channels: int, condition_channels: int) -> nn.Module:
         """A block (B, C, H, W), (B, T) -> (B, C, H, W). A subclass may give another one; the frame around it stays."""
         config = self.config
-        return LiquidBlock(channels, condition_channels, config.ratio, config.gate, config.relaxation)
+        hidden = hidden_width(channels, config.ratio)
+        return LiquidBlock(channels, condition_channels, hidden, config.gate, config.relaxation)
 
     def reset_parameters(self) -> None:
         """Every block starts as the identity and the prediction at zero; see `ParallelCfC.reset_parameters`."""
@@ -145,11 +153,8 @@ class LiquidUNet(ModelMixin, ConfigMixin):
             if i < len(self.downsamples):
                 x = self.downsamples[i](x)  # (B, C', H/2, W/2)
         x = self._run(self.bottleneck, x, condition)
-        for i, stage in enumerate(self.decoder):
-            if i > 0:
-                x = self.upsamples[i - 1](x)  # (B, C, 2H, 2W)
-            x = self.fuses[i](torch.cat([x, skips.pop()], dim=1))
-            x = self._run(stage, x, condition)
+        for join, stage in zip(self.joins, self.decoder, strict=True):
+            x = self._run(stage, join(x, skips.pop()), condition)  # (B, C, H, W)
         x = self.head(F.silu(self.norm(x)))  # (B, in_channels, H, W)
         return UNet2DOutput(sample=x) if return_dict else (x,)
 

@@ -47,7 +47,7 @@ def channel_mixers(model: LiquidUNet) -> Iterator[nn.Parameter]:
 
     Not of those that read and write the picture, whose few channels are no hidden features.
     """
-    outer = (model.stem[0], model.head)
+    outer = (model.stem, model.head)
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and module.groups == 1 and module not in outer:
             assert isinstance(module.weight, nn.Parameter)
