@@ -27,17 +27,17 @@ def nano() -> UNetConfig:
 
 def tiny() -> UNetConfig:
     """22 M parameters."""
-    return UNetConfig(widths=(64, 128, 256), depths=(2, 3, 6))
+    return UNetConfig(widths=(64, 128, 256), depths=(2, 2, 4), condition_channels=544)
 
 
 def small() -> UNetConfig:
     """69 M parameters."""
-    return UNetConfig(widths=(96, 192, 384), depths=(2, 3, 9))
+    return UNetConfig(widths=(96, 192, 384), depths=(2, 3, 6), condition_channels=816)
 
 
 def base() -> UNetConfig:
     """155 M parameters."""
-    return UNetConfig(widths=(128, 256, 512), depths=(2, 4, 12))
+    return UNetConfig(widths=(128, 256, 512), depths=(2, 4, 8), condition_channels=1088)
 
 
 PRESETS: dict[str, Callable[[], UNetConfig]] = {"nano": nano, "tiny": tiny, "small": small, "base": base}
