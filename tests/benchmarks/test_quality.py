@@ -199,3 +199,25 @@ def test_held_out_loss_of_models_that_are_known(tmp_path: Path) -> None:
     expected = 1 + x0.square().mean().item()
     assert held_out_loss(Known(False), codec, dataset) == pytest.approx(expected, rel=0.02)  # 18,432 draws
     assert held_out_loss(Known(False), codec, dataset) == held_out_loss(Known(False), codec, dataset)
+
+
+def test_who_joins_the_table_is_brought_to_its_hour(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the table says that a model took a hundred times as long, so it says of one that is measured beside it."""
+    command = ["quality.py", "--data", str(folder), "--size", "16", "--measure", "3", "--models", "liquid"]
+    monkeypatch.setattr(sys, "argv", command)
+    quality.main()
+
+    def read() -> dict[str, dict[str, str]]:
+        with (folder / "step-time.csv").open() as file:
+            return {row["model"]: row for row in csv.DictReader(file)}
+
+    first = read()["liquid"]
+    assert first["scale"] == "1"
+    slow = first | {"median_ms": str(100 * float(first["median_ms"]))}
+    quality.append_rows(folder / "step-time.csv", quality.STEP_TIME_COLUMNS, [slow])
+    monkeypatch.setattr(sys, "argv", [*command, "plain"])
+    quality.main()
+    found = read()
+    assert found["liquid"]["median_ms"] == slow["median_ms"]  # what is known stays
+    assert 20 < float(found["plain"]["scale"]) < 500  # a busy machine may be five times slower
+    assert 20 < float(found["plain"]["median_ms"]) / float(first["median_ms"]) < 500

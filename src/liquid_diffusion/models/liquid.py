@@ -120,7 +120,7 @@ class ParallelCfC(nn.Module):
             slope.fill_(1)
             offset.fill_(0)
         if self.relaxation == "liquid":
-            nn.init.normal_(self.time_relaxation.weight, std=0.002)  # of zeros |w| would have no gradient where it is 0
+            nn.init.normal_(self.time_relaxation.weight, std=0.002)  # so small that w > 0, where alpha is smooth
             nn.init.constant_(self.time_relaxation.bias, -math.log(0.95))
         else:
             nn.init.zeros_(self.output_gate.weight)

@@ -106,7 +106,7 @@ class LiquidUNet(ModelMixin, ConfigMixin):
         return LiquidBlock(channels, condition_channels, hidden, config.gate, config.relaxation)
 
     def reset_parameters(self) -> None:
-        """Every block starts as the identity and the prediction at zero; see `ParallelCfC.reset_parameters`."""
+        """Every block starts close to the identity and the prediction at zero; see `ParallelCfC.reset_parameters`."""
         for module in self.modules():
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
