@@ -343,3 +343,16 @@ def test_what_the_parser_finds_is_told_in_words(
     error = capsys.readouterr().err
     assert words in error
     assert "liquid-diffusion train --help" in error
+
+
+def test_a_reader_who_has_seen_enough() -> None:
+    """`liquid-diffusion datasets | head -1`, with the pipe closed before anything is written: no traceback."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        command = [sys.executable, "-m", "liquid_diffusion", "datasets"]
+        done = subprocess.run(command, check=False, stdout=writing, stderr=subprocess.PIPE, text=True)
+    finally:
+        os.close(writing)
+    assert done.returncode == 141
+    assert done.stderr == ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import re
 import sys
 from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
@@ -64,7 +65,7 @@ def _hand_over(function: str, config: type | None, arguments: dict[str, Any]) ->
     options = [config(**arguments)] if config else []
     said = getattr(importlib.import_module(f"liquid_diffusion.{module}"), name)(*first, *options, **json)
     if said is not None:
-        print(said)
+        print(said, flush=True)
     return 0
 
 
@@ -156,7 +157,7 @@ def _parser() -> ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code is 0, 2 for what a person can mend, 130 after Ctrl-C."""
+    """Run a command; the exit code is 0, 2 for what a person can mend, 130 after Ctrl-C, 141 where nobody reads on."""
     parsed: Namespace = _parser().parse_args(argv)
     command = parsed.command
     arguments = parsed[command].as_dict()
@@ -169,6 +170,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("liquid-diffusion: stopped.", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader, `head` for one, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try to write the rest
+        return 128 + 13  # as if SIGPIPE had ended it
     except RuntimeError as error:
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
