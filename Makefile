@@ -65,17 +65,19 @@ bench-memory: install  ## what training takes of a GPU's memory, estimated
 	$(BIN)/python benchmarks/performance_tables.py
 
 SEEDS ?= 0 1 2
-SECONDS ?= 480
-QUALITY = $(BIN)/python benchmarks/quality.py --seconds $(SECONDS)
+SECONDS ?= 180
+TUNING_SECONDS ?= 90
+OPTIMIZER ?= muon
+QUALITY = $(BIN)/python benchmarks/quality.py --threads 1 --optimizer $(OPTIMIZER) $(if $(DATA),--data $(DATA))
 
 quality: bench-installed  ## our model beside peers, equal time and equal images; DATA=folder of emoji64x3
-	$(QUALITY) $(if $(DATA),--data $(DATA)) --split tune
-	$(QUALITY) $(if $(DATA),--data $(DATA)) --models peers ablations --measure 30
-	$(QUALITY) $(if $(DATA),--data $(DATA)) --seeds $(SEEDS) --clock table
-	$(QUALITY) $(if $(DATA),--data $(DATA)) --seeds $(SEEDS) --images 100000
+	$(QUALITY) --models peers ablations --measure 14
+	$(QUALITY) --seconds $(TUNING_SECONDS) --clock table --split tune --fractions 1
+	$(QUALITY) --seconds $(SECONDS) --clock table --seeds $(SEEDS)
+	$(QUALITY) --images 32000 --clock cpu --seeds $(SEEDS)
 
 ablations: bench-installed  ## variants of the liquid block, equal time; after quality, which chooses the learning rate and measures the steps
-	$(QUALITY) $(if $(DATA),--data $(DATA)) --models ablations --seeds $(SEEDS) --clock table
+	$(QUALITY) --seconds $(SECONDS) --clock table --models ablations --seeds $(SEEDS)
 
 causal: bench-installed  ## the packaged model with its liquid layers disturbed
 	$(BIN)/python benchmarks/causal.py

@@ -10,7 +10,7 @@
 Each training appends its points to benchmarks/results/quality.csv when it is whole; one that is there already is left
 out, so the same command goes on after an interruption. Sampling and evaluation are not counted. All models get the
 same data, codec, flow, optimiser, average and sampler (Heun, 25 steps, no guidance), and each its best of three
-learning rates, chosen with AdamW.
+learning rates.
 
 By the clock "table" equal time is a number of steps for each model, by step times that were taken in turns in one run:
 what a busy neighbour does to one turn it does to all models, and trainings of different hours can be compared.
@@ -49,7 +49,7 @@ from liquid_diffusion.hardware import keep_freed_memory
 from liquid_diffusion.models.unet import LiquidUNet
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-LEARNING_RATES = (5e-4, 1e-3, 2e-3)
+LEARNING_RATES = {"adamw": (5e-4, 1e-3, 2e-3), "muon": (2e-3, 4e-3, 8e-3)}  # to choose from, by optimiser
 FRACTIONS = (0.25, 0.5, 1.0)
 STEPS = 25  # of Heun's solver, for all samples
 TUNE_SHARE = 10  # one in this many code points of train is held out to choose learning rates on
@@ -115,7 +115,8 @@ def best_learning_rate(rows: list[dict[str, str]], name: str, options: argparse.
 
     By the loss and not by the kernel distance, which is still flat where trainings for choices end.
     """
-    wanted = {"split": "tune", "model": name, "preset": options.preset, "size": str(options.size), "fraction": "1"}
+    wanted = {"split": "tune", "model": name, "fraction": "1"}
+    wanted |= {key: str(getattr(options, key)) for key in ("preset", "size", "optimizer")}
     tuned = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
     return float(min(tuned, key=lambda row: float(row["loss"]))["lr"]) if tuned else None
 
@@ -160,7 +161,7 @@ class Comparison:
         divided by (their median where they differ).
         """
         torch._dynamo.config.recompile_limit = 8 * len(names)  # models that share a block's code share its limit
-        trainings = {name: self._training(name, 0, LEARNING_RATES[0]) for name in names}
+        trainings = {name: self._training(name, 0, LEARNING_RATES[self.options.optimizer][0]) for name in names}
         for training in trainings.values():
             training.model.train()
             training.warm_up()
@@ -298,7 +299,7 @@ def plan(options: argparse.Namespace) -> list[tuple[str, int, float]]:
             best = best_learning_rate(rows, name, options)
             if best is None and name in ABLATIONS:
                 best = best_learning_rate(rows, OURS, options)
-            rates = LEARNING_RATES if options.split == "tune" else (best,)
+            rates = LEARNING_RATES[options.optimizer] if options.split == "tune" else (best,)
             for lr in (options.lr,) if options.lr else rates:
                 if lr is None:
                     sys.exit(f"No learning rate was chosen for {name}: run with --split tune first, or say --lr.")

@@ -61,7 +61,7 @@ def _not_compiled() -> Iterator[None]:
 
 
 def test_equal_images(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(quality, "LEARNING_RATES", (1e-3,))
+    monkeypatch.setattr(quality, "LEARNING_RATES", {"adamw": (1e-3,)})
     monkeypatch.setattr(quality, "STEPS", 3)
     command = ["quality.py", "--data", str(folder), "--size", "16", "--images", "16", "--fractions", "0.5"]
 
