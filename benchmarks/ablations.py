@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from liquid_diffusion.flow import TimeSampling
 from liquid_diffusion.models.depthwise import depthwise_conv7, merge_kernels
-from liquid_diffusion.models.layers import channel_norm
+from liquid_diffusion.models.layers import ConditionLinear, channel_norm
 from liquid_diffusion.models.liquid import (
     Gate,
     LiquidBlock,
@@ -71,7 +71,7 @@ class ContentFreeGate(ParallelCfC):
 
     def __init__(self, channels: int, condition_channels: int, hidden: int) -> None:
         super().__init__(channels, condition_channels, hidden)
-        self.time = nn.Linear(condition_channels, hidden)
+        self.time = ConditionLinear(condition_channels, hidden)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         a, b = self.slope_and_offset(condition)  # (B, C, 1, 1) each
@@ -105,7 +105,7 @@ class TimeBehindHeads(ParallelCfC):
 
     def __init__(self, channels: int, condition_channels: int, hidden: int) -> None:
         super().__init__(channels, condition_channels, hidden)
-        self.behind = nn.Linear(condition_channels, 2 * hidden)
+        self.behind = ConditionLinear(condition_channels, 2 * hidden)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -169,7 +169,7 @@ class WithFeedForward(Variant):
     def __init__(self, channels: int, condition_channels: int, hidden: int) -> None:
         super().__init__(channels, condition_channels, ParallelCfC(channels, condition_channels, hidden // 2))
         inner = swish_mlp_width(hidden) // 2
-        self.modulation = nn.Linear(condition_channels, 6 * channels)
+        self.modulation = ConditionLinear(condition_channels, 6 * channels)
         self.feed_forward = nn.Sequential(nn.Conv2d(channels, inner, 1), nn.GELU(), nn.Conv2d(inner, channels, 1))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
@@ -184,7 +184,7 @@ class WithoutOutputGate(Variant):
 
     def __init__(self, channels: int, condition_channels: int, hidden: int) -> None:
         super().__init__(channels, condition_channels, ParallelCfC(channels, condition_channels, hidden))
-        self.modulation = nn.Linear(condition_channels, 2 * channels)
+        self.modulation = ConditionLinear(condition_channels, 2 * channels)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         x = self.cfc(x, condition)

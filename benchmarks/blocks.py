@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from liquid_diffusion.models.depthwise import depthwise_conv7
-from liquid_diffusion.models.layers import channel_norm
+from liquid_diffusion.models.layers import ConditionLinear, channel_norm
 from liquid_diffusion.models.liquid import modulate
 from liquid_diffusion.models.unet import LiquidUNet
 
@@ -42,7 +42,7 @@ def in_our_frame(
 
 def zero_modulation(condition_channels: int, channels: int) -> nn.Linear:
     """Scales, shifts and gates of adaLN-zero, all zero at the start."""
-    linear = nn.Linear(condition_channels, channels)
+    linear = ConditionLinear(condition_channels, channels)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     return linear

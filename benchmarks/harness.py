@@ -21,7 +21,7 @@ from liquid_diffusion.flow import TimeSampling, flow_loss, interpolate, sample_t
 from liquid_diffusion.hardware import fastest_dtype
 from liquid_diffusion.sampling import make_scheduler, sample_steps, seeded_generators
 from liquid_diffusion.training.learning_rate import learning_rate_factor
-from liquid_diffusion.training.optimizer import optimizer_of
+from liquid_diffusion.training.optimizer import condition_weights, optimizer_of, set_learning_rate
 from liquid_diffusion.training.recording import RecordedGradients
 
 _RUN = TrainConfig()  # whose defaults all models are trained with
@@ -108,7 +108,7 @@ class Training:
         self.times, self.time_shift = times, time_shift
         self.device = next(model.parameters()).device
         mixers = channel_mixers(model) if optimizer == "muon" else []
-        self.optimizer = optimizer_of(model, mixers, lr, _RUN.weight_decay)
+        self.optimizer = optimizer_of(model, mixers, condition_weights(model), lr, _RUN.weight_decay)
         self.ema = EMAModel(model.parameters(), decay=_RUN.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.batches = iter(ShuffledBatches(len(dataset), _BATCH, seed))
@@ -147,8 +147,7 @@ class Training:
 
     def step(self, factor: float = 1.0) -> Tensor:
         """One step at a share of the learning rate; its loss ()."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * factor
+        set_learning_rate(self.optimizer, self.lr * factor)
         loss = self.gradients(*self._problem(self.generator, [index for _, index in next(self.batches)]))
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), _RUN.max_grad_norm)
         self.optimizer.step()

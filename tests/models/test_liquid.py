@@ -113,6 +113,7 @@ def test_relaxation_solves_its_differential_equation() -> None:
 
 def test_start_of_the_liquid_layer() -> None:
     """a = 1, b = 0, alpha = 0.95 up to a small slope in time."""
+    from liquid_diffusion.models.layers import ConditionLinear
     from liquid_diffusion.models.unet import LiquidUNet
 
     torch.manual_seed(1)
@@ -157,6 +158,7 @@ def test_without_relaxation_the_layer_is_a_residual_swiglu_behind_adaln() -> Non
 
 
 def test_a_new_block_hardly_changes_its_state() -> None:
+    from liquid_diffusion.models.layers import ConditionLinear
     from liquid_diffusion.models.unet import LiquidUNet
 
     block = next(m for m in LiquidUNet.from_preset("nano").modules() if isinstance(m, LiquidBlock))
@@ -165,6 +167,6 @@ def test_a_new_block_hardly_changes_its_state() -> None:
     out = block(x, condition)
     assert 0.01 < (out - x).norm() / x.norm() < 0.1
     block.cfc.relaxation = "none"
-    block.cfc.output_gate = torch.nn.Linear(block.modulation.in_features, 96)
+    block.cfc.output_gate = ConditionLinear(block.modulation.in_features, 96)
     block.cfc.reset_parameters()
     torch.testing.assert_close(block(x, condition), x, atol=0, rtol=0)

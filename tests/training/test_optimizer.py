@@ -9,7 +9,13 @@ import torch
 from torch import nn
 
 from liquid_diffusion.models.unet import LiquidUNet
-from liquid_diffusion.training.optimizer import Muon, channel_mixers, orthogonalise
+from liquid_diffusion.training.optimizer import (
+    Muon,
+    channel_mixers,
+    condition_weights,
+    orthogonalise,
+    set_learning_rate,
+)
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 48), (2, 48, 16), (1, 32, 32)])
@@ -31,21 +37,27 @@ def test_it_steps_like_torchs_muon_and_adamw() -> None:
     mixers = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
     others = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((7,), (5, 3))]
     matrices = [nn.Parameter(weight.detach().flatten(1).clone()) for weight in mixers]
-    vectors = copy.deepcopy(others)
-    ours = Muon(mixers, others, lr=0.01, weight_decay=0.1)
+    slow = [nn.Parameter(torch.randn((9, 4), generator=generator))]
+    vectors, slow_vectors = copy.deepcopy(others), copy.deepcopy(slow)
+    ours = Muon(mixers, slow, others, lr=0.01, weight_decay=0.1)
     muon = torch.optim.Muon(matrices, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(vectors, lr=0.01, betas=(0.9, 0.99), weight_decay=0.1)
-    for _ in range(4):
-        for mine, theirs in zip([*mixers, *others], [*matrices, *vectors], strict=True):
+    slow_adamw = torch.optim.AdamW(slow_vectors, lr=0.0002, betas=(0.9, 0.99), weight_decay=0.1)
+    for step in range(4):
+        for mine, theirs in zip([*mixers, *others, *slow], [*matrices, *vectors, *slow_vectors], strict=True):
             mine.grad = torch.randn(mine.shape, generator=generator)
             theirs.grad = mine.grad.reshape(theirs.shape).clone()
-        for optimizer in (ours, muon, adamw):
+        if step == 2:
+            set_learning_rate(ours, 0.005)
+            for optimizer, lr in ((muon, 0.005), (adamw, 0.005), (slow_adamw, 0.0001)):
+                optimizer.param_groups[0]["lr"] = lr
+        for optimizer in (ours, muon, adamw, slow_adamw):
             optimizer.step()
     for mine, theirs in zip(mixers, matrices, strict=True):
         # both iterate in 8 bits of mantissa where the machine is fast in it; an update is 0.002 in the mean
         torch.testing.assert_close(mine.flatten(1), theirs, atol=2e-3, rtol=0)
         assert (mine.flatten(1) - theirs).norm() < 0.02 * 4 * 0.002 * theirs.numel() ** 0.5
-    for mine, theirs in zip(others, vectors, strict=True):
+    for mine, theirs in zip([*others, *slow], [*vectors, *slow_vectors], strict=True):
         torch.testing.assert_close(mine, theirs)
 
 
@@ -60,10 +72,18 @@ def test_every_convolution_inside_is_a_mixer_and_nothing_else() -> None:
     assert names == wanted
 
 
+def test_the_weights_that_read_the_condition() -> None:
+    model = LiquidUNet(in_channels=12, num_classes=3, widths=(32, 64), depths=(1, 1), ratio=2, condition_channels=64)
+    chosen = {id(weight) for weight in condition_weights(model)}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in chosen}
+    readers = ("time_gate.weight", "time_relaxation.weight", "modulation.weight")  # of pool_gate, as wide, none
+    assert names == {n for n, _ in model.named_parameters() if n.endswith(readers)} | {"condition.linear_2.weight"}
+
+
 def test_a_step_whose_scaled_gradients_overflowed_changes_nothing() -> None:
     """Neither what is orthogonalised nor what is not; the next one does."""
     mixer, other = nn.Parameter(torch.ones(4, 8, 1, 1)), nn.Parameter(torch.ones(3))
-    optimizer = Muon([mixer], [other], lr=0.1, weight_decay=0.0)
+    optimizer = Muon([mixer], [], [other], lr=0.1, weight_decay=0.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     for value, stays in ((float("inf"), True), (1.0, False)):
         mixer.grad = torch.full_like(mixer, value)

@@ -31,6 +31,13 @@ class ChannelNorm(nn.LayerNorm):
         return channel_norm(x, self.weight, self.bias, self.eps)
 
 
+class ConditionLinear(nn.Linear):
+    """A linear layer that reads the embedding of time and label: (B, T) -> (B, C).
+
+    A type of its own because its weights are trained at another rate, see `training.optimizer.Muon`.
+    """
+
+
 class ConditionEmbedding(nn.Module):
     """Time, and a label where there are classes, as one vector.
 
@@ -47,7 +54,7 @@ class ConditionEmbedding(nn.Module):
         super().__init__()
         self.sinusoid_channels = sinusoid_channels
         self.linear_1 = nn.Linear(sinusoid_channels, channels)
-        self.linear_2 = nn.Linear(channels, channels)
+        self.linear_2 = ConditionLinear(channels, channels)
         self.labels = nn.Embedding(num_classes + 1, channels) if num_classes else None
 
     def forward(self, t: Tensor, labels: Tensor | None = None) -> Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from liquid_diffusion.models.depthwise import depthwise_conv7, merge_kernels
-from liquid_diffusion.models.layers import channel_norm
+from liquid_diffusion.models.layers import ConditionLinear, channel_norm
 
 Gate = Literal["liquid", "static", "none"]
 Relaxation = Literal["liquid", "none"]
@@ -105,12 +105,12 @@ class ParallelCfC(nn.Module):
             self.slope = nn.Parameter(torch.ones(channels))
             self.offset = nn.Parameter(torch.zeros(channels))
         else:
-            self.time_gate = nn.Linear(condition_channels, 2 * channels)
+            self.time_gate = ConditionLinear(condition_channels, 2 * channels)
         if relaxation == "liquid":
-            self.time_relaxation = nn.Linear(condition_channels, channels)
+            self.time_relaxation = ConditionLinear(condition_channels, channels)
             self.log_rate = nn.Parameter(torch.zeros(channels))
         else:
-            self.output_gate = nn.Linear(condition_channels, channels)
+            self.output_gate = ConditionLinear(condition_channels, channels)
 
     def reset_parameters(self) -> None:
         """Start at a = 1, b = 0 and alpha = 0.95: close to the identity, whatever the time."""
@@ -200,7 +200,7 @@ class LiquidBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.cfc = ParallelCfC(channels, condition_channels, hidden, gate, relaxation)
-        self.modulation = nn.Linear(condition_channels, 3 * channels)
+        self.modulation = ConditionLinear(condition_channels, 3 * channels)
         self.mix = MultiScaleSpatialMix(channels)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from liquid_diffusion.hardware import fastest_dtype
+from liquid_diffusion.models.layers import ConditionLinear
 from liquid_diffusion.models.unet import LiquidUNet
 
 _BETAS = (0.9, 0.99)
@@ -24,6 +25,10 @@ _ITERATIONS = 5
 # The root mean square of an AdamW update is 0.2 to 0.4 in practice: with it one learning rate serves both (Liu et al.,
 # "Muon is scalable for LLM training", arXiv 2502.16982, equation 4).
 _UPDATE_SIZE = 0.2
+# Of the learning rate, for weights that read the condition. AdamW moves each weight by about the rate, whatever its
+# gradient, and all inputs of a sample add up: the hundreds of numbers of an embedding move scale and shift a hundred
+# times as far as a bias (the rule 1 / inputs for Adam's rate is that of Yang et al., arXiv 2203.03466).
+_CONDITION_SHARE = 0.02
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
@@ -54,6 +59,20 @@ def channel_mixers(model: LiquidUNet) -> Iterator[nn.Parameter]:
             yield module.weight
 
 
+def condition_weights(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Weights of the layers that read the embedding of time and label; not their biases."""
+    for module in model.modules():
+        if isinstance(module, ConditionLinear):
+            assert isinstance(module.weight, nn.Parameter)
+            yield module.weight
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The learning rate of a step, or the share of it that a group of weights has."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("share", 1.0)
+
+
 class Muon(torch.optim.AdamW):
     """Muon (Jordan et al., 2024) for some weights, each as the matrix (out channels, all else), AdamW for the others.
 
@@ -63,14 +82,27 @@ class Muon(torch.optim.AdamW):
 
     Args:
         mixers: weights (out channels, ...) that are orthogonalised.
+        slow: weights that AdamW trains at a fiftieth of the learning rate.
         others: all other parameters.
-        lr: of both.
-        weight_decay: of both, decoupled.
+        lr: of mixers and others; see `set_learning_rate`.
+        weight_decay: of all, decoupled.
     """
 
-    def __init__(self, mixers: list[nn.Parameter], others: list[nn.Parameter], lr: float, weight_decay: float) -> None:
-        groups = [{"params": mixers, "orthogonal": True}, {"params": others, "orthogonal": False}]
+    def __init__(
+        self,
+        mixers: list[nn.Parameter],
+        slow: list[nn.Parameter],
+        others: list[nn.Parameter],
+        lr: float,
+        weight_decay: float,
+    ) -> None:
+        groups = [
+            {"params": mixers, "orthogonal": True, "share": 1.0},
+            {"params": slow, "orthogonal": False, "share": _CONDITION_SHARE},
+            {"params": others, "orthogonal": False, "share": 1.0},
+        ]
         super().__init__(groups, lr=lr, betas=_BETAS, weight_decay=weight_decay, fused=True)
+        set_learning_rate(self, lr)
         # AdamW's fused kernel looks for itself whether the scaled gradients overflowed; what is not AdamW would not
         self._step_supports_amp_scaling = False
 
@@ -107,18 +139,21 @@ class Muon(torch.optim.AdamW):
             torch._foreach_add_([weight for weight, _ in chosen], shaped, alpha=-group["lr"] * size)
 
 
-def optimizer_of(model: nn.Module, mixers: Iterable[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.AdamW:
+def optimizer_of(
+    model: nn.Module, mixers: Iterable[nn.Parameter], slow: Iterable[nn.Parameter], lr: float, weight_decay: float
+) -> torch.optim.AdamW:
     """`Muon` for some weights of a model and AdamW for the others, or AdamW alone where there are none.
 
     Args:
         model: whose parameters are trained.
         mixers: those of them that are orthogonalised.
-        lr: learning rate of all.
+        slow: those that are trained slower beside them.
+        lr: learning rate.
         weight_decay: decoupled, of all.
     """
-    chosen = list(mixers)
+    chosen, slower = list(mixers), list(slow)
     if not chosen:
         return torch.optim.AdamW(model.parameters(), lr=lr, betas=_BETAS, weight_decay=weight_decay, fused=True)
-    numbers = {id(weight) for weight in chosen}
+    numbers = {id(weight) for weight in (*chosen, *slower)}
     others = [parameter for parameter in model.parameters() if id(parameter) not in numbers]
-    return Muon(chosen, others, lr, weight_decay)
+    return Muon(chosen, slower, others, lr, weight_decay)

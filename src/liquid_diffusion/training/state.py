@@ -18,7 +18,7 @@ from liquid_diffusion.config import RunConfig
 from liquid_diffusion.data.stream import PictureStream
 from liquid_diffusion.errors import UserError
 from liquid_diffusion.models.unet import LiquidUNet
-from liquid_diffusion.training.optimizer import channel_mixers, optimizer_of
+from liquid_diffusion.training.optimizer import channel_mixers, condition_weights, optimizer_of
 
 
 class TrainingState:
@@ -44,7 +44,8 @@ class TrainingState:
         self.accelerator, self.model, self.stream = accelerator, model, stream
         self.generator = torch.Generator(accelerator.device).manual_seed(run.seed + accelerator.process_index)
         mixers = channel_mixers(model) if run.optimizer == "muon" else ()
-        self.wrapped, self.optimizer = accelerator.prepare(model, optimizer_of(model, mixers, run.lr, run.weight_decay))
+        optimizer = optimizer_of(model, mixers, condition_weights(model), run.lr, run.weight_decay)
+        self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
         # after prepare, which gives every process the weights of the first
         self.ema = EMAModel(model.parameters(), decay=run.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
         self._ema_on_cpu = run.ema_on_cpu

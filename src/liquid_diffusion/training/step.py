@@ -16,6 +16,7 @@ from liquid_diffusion.codecs import Codec
 from liquid_diffusion.config import RunConfig
 from liquid_diffusion.data.feed import Feed
 from liquid_diffusion.flow import flow_loss, interpolate, sample_times, velocity
+from liquid_diffusion.training.optimizer import set_learning_rate
 from liquid_diffusion.training.recording import RecordedGradients
 from liquid_diffusion.training.state import TrainingState
 
@@ -61,8 +62,7 @@ class TrainingStep:
 
     def __call__(self, images: Tensor, labels: Tensor, lr: float) -> Tensor:
         """Take a step on a batch of the data set; the loss () stays on the device."""
-        for group in self.state.optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(self.state.optimizer, lr)
         loss = self._recorded_gradients(images, labels) if self._records else self._gradients_in_parts(images, labels)
         self.accelerator.clip_grad_norm_(self.state.wrapped.parameters(), self.run.max_grad_norm)
         self.state.optimizer.step()
