@@ -113,7 +113,6 @@ def test_relaxation_solves_its_differential_equation() -> None:
 
 def test_start_of_the_liquid_layer() -> None:
     """a = 1, b = 0, alpha = 0.95 up to a small slope in time."""
-    from liquid_diffusion.models.layers import ConditionLinear
     from liquid_diffusion.models.unet import LiquidUNet
 
     torch.manual_seed(1)
