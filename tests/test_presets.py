@@ -60,6 +60,15 @@ def test_what_lies_here_is_found_from_any_folder(tmp_path: Path, monkeypatch: py
         assert resolve_encoding(EncodeConfig(data=said)).data == str(expected)
 
 
+@pytest.mark.parametrize(
+    ("model", "optimizer", "expected"),
+    [("nano", None, ("muon", 8e-3)), ("nano", "adamw", ("adamw", 2e-3)), ("tiny", None, ("adamw", 3e-4))],
+)
+def test_the_learning_rate_is_that_of_the_optimizer(model: str, optimizer: Any, expected: tuple[str, float]) -> None:
+    config = resolve(TrainConfig(model=model, optimizer=optimizer), "cpu")
+    assert (config.optimizer, config.lr) == expected
+
+
 def test_own_pictures() -> None:
     config = resolve(TrainConfig(data="/a/my_photos", image_size=256), "cuda")
     assert (config.codec, config.flip, config.out) == ("sd-vae", True, "runs/my_photos-256")
