@@ -49,7 +49,7 @@ from liquid_diffusion.hardware import keep_freed_memory
 from liquid_diffusion.models.unet import LiquidUNet
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-LEARNING_RATES = {"adamw": (5e-4, 1e-3, 2e-3), "muon": (2e-3, 4e-3, 8e-3)}  # to choose from, by optimiser
+LEARNING_RATES = {"adamw": (5e-4, 1e-3, 2e-3), "muon": (4e-3, 8e-3, 16e-3)}  # to choose from, by optimiser
 FRACTIONS = (0.25, 0.5, 1.0)
 STEPS = 25  # of Heun's solver, for all samples
 TUNE_SHARE = 10  # one in this many code points of train is held out to choose learning rates on
