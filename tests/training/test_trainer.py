@@ -633,10 +633,21 @@ def test_damaged_weights_of_a_checkpoint_are_told(quick: Make) -> None:
     for name in ("optimizer.bin", "ema.pt"):
         whole = (place / name).read_bytes()
         (place / name).write_bytes(bytes(len(whole)))
-        with pytest.raises(UserError, match=r"step-000000 is damaged; delete it"):
+        with pytest.raises(UserError, match=r"step-000000 is damaged, or .*: delete it"):
             Trainer(quick())
         (place / name).write_bytes(whole)
     Trainer(quick())
+
+
+def test_a_checkpoint_of_another_optimiser_is_told(quick: Make) -> None:
+    """As one that an older version of the package wrote, with other groups of weights."""
+    trainer = Trainer(quick())
+    place = trainer.save()
+    state = torch.load(place / "optimizer.bin", weights_only=True)
+    state["param_groups"].append({**state["param_groups"][0], "params": []})
+    torch.save(state, place / "optimizer.bin")
+    with pytest.raises(UserError, match="written by another version of this package"):
+        trainer.state.load(place)
 
 
 def test_a_half_written_line_of_skipped_pictures_is_passed_over(quick: Make, photos: Path) -> None:

@@ -82,15 +82,18 @@ class TrainingState:
         """Read what `save` wrote.
 
         Raises:
-            UserError: it is damaged.
+            UserError: it is damaged, or of a version of this package whose model or optimiser was another one.
         """
         try:
             self.accelerator.load_state(str(folder))
             averaged = torch.load(folder / "ema.pt", map_location="cpu", weights_only=True)
-        except (UnpicklingError, RuntimeError, SafetensorError) as error:
+        except (UnpicklingError, RuntimeError, ValueError, SafetensorError) as error:
             if "out of memory" in str(error):
                 raise
-            raise UserError(f"The checkpoint {folder} is damaged; delete it to go on from the one before.") from error
+            raise UserError(
+                f"The checkpoint {folder} is damaged, or was written by another version of this package: delete it to go "
+                "on from the one before, or choose another --out."
+            ) from error
         self.ema.load_state_dict(averaged)
         self._place_averages()
         generator = torch.load(self._own(folder, "generator", "pt"), map_location="cpu", weights_only=True)
