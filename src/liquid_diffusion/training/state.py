@@ -91,8 +91,8 @@ class TrainingState:
             if "out of memory" in str(error):
                 raise
             raise UserError(
-                f"The checkpoint {folder} is damaged, or was written by another version of this package: delete it to go "
-                "on from the one before, or choose another --out."
+                f"The checkpoint {folder} is damaged, or was written by another version of this package: delete it to "
+                "go on from the one before, or choose another --out."
             ) from error
         self.ema.load_state_dict(averaged)
         self._place_averages()
