@@ -244,6 +244,8 @@ def _save(figure, axes, name: str, x: str, y: str) -> None:
 
 def plot_curves(rows: list[Row], name: str, x: str, words: str) -> None:
     """benchmarks/results/NAME.png: kernel distance along each training, mean over seeds, against a column."""
+    from matplotlib.ticker import LogLocator
+
     figure, axes = _pyplot().subplots(figsize=(8.5, 4.5))
     models = _group(rows, "model")
     last = {
@@ -256,6 +258,7 @@ def plot_curves(rows: list[Row], name: str, x: str, words: str) -> None:
         axes.errorbar(places, values, errors, fmt="o-", capsize=2, markersize=4, label=f"{key[0]}, {values[-1]:.3f}")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(1.2, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)))  # above 1 there may be none else
     axes.yaxis.set_minor_formatter("{x:.2g}")
     _save(figure, axes, name, words, "kernel distance to val")
 
