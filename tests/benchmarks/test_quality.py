@@ -74,6 +74,8 @@ def test_equal_images(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     with pytest.raises(SystemExit, match="No learning rate was chosen for liquid"):
         run("liquid plain")
     tuned = run("liquid", "--split", "tune")
+    with pytest.raises(SystemExit, match="No learning rate was chosen for liquid"):
+        run("liquid", "--optimizer", "muon")  # which another optimiser's rate tells nothing of
     assert [row["kd"] for row in tuned] == ["", ""]  # samples would cost more than they tell
     rows = run("liquid plain")[len(tuned) :]
     assert [(r["model"], r["fraction"], r["steps"], r["images"]) for r in rows] == [
