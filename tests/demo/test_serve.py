@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -176,6 +177,16 @@ def test_a_model_alone_without_classes_on_latents(
         job = client.submit(seed=1, steps=10, n=2, api_name="/draw")
         job.result(timeout=60)
         assert [len(images_in(frame)) for frame in job.outputs()] == [2] * 5  # not all steps: decoding takes longer
+
+
+def test_it_ends_while_it_draws(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "emoji")
+    with serving("emoji", tmp_path, signal.SIGTERM) as url:
+        client = Client(url, verbose=False, analytics_enabled=False)
+        job = client.submit(seed=1, steps=100, n=16, api_name="/draw")
+        while not job.outputs():
+            time.sleep(0.05)
+        assert not job.done()
 
 
 def test_what_a_run_tells_of_its_training(run: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import os
 import random
 import signal
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -314,6 +316,17 @@ def _check_address(host: str, port: int) -> None:
         ) from error
 
 
+def _leave_at_once() -> NoReturn:
+    """End the process before Python takes itself apart.
+
+    A thread of the server that is drawing then would come back from torch to an interpreter that is gone, which
+    aborts the process.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(130)
+
+
 def serve(run: str | None, config: DemoConfig) -> NoReturn:
     """What `liquid-diffusion demo` does: the page of a run on this machine, until Ctrl-C or SIGTERM.
 
@@ -326,8 +339,12 @@ def serve(run: str | None, config: DemoConfig) -> NoReturn:
     keep_freed_memory()
     pipeline = load_pipeline(run).to(process_state().device)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # or a service that is stopped leaves its files
-    with private_files():
-        blocks = Demo(pipeline, find_run(run)).launch(config.host, config.port)
-        print(f"{blocks.local_url} shows {run or 'the packaged model'}; Ctrl-C ends it.", flush=True)
-        while True:
-            time.sleep(3600)  # the server's threads end with the process; to close them takes 10 s
+    try:
+        with private_files():
+            blocks = Demo(pipeline, find_run(run)).launch(config.host, config.port)
+            print(f"{blocks.local_url} shows {run or 'the packaged model'}; Ctrl-C ends it.", flush=True)
+            while True:
+                time.sleep(3600)  # the server's threads end with the process; to close them takes 10 s
+    except KeyboardInterrupt:
+        atexit.register(_leave_at_once)
+        raise
