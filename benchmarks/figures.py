@@ -12,6 +12,7 @@ import math
 import re
 import statistics
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
@@ -32,6 +33,7 @@ SETTING = (
     "threads",
     "optimizer",
 )  # only what has these in common is compared
+CHOSEN_FOR = ("size", "preset", "optimizer")  # what a learning rate was chosen for
 _CLEAR = 2  # standard errors; less is called no difference
 _SEEDS = 3  # at least, for a claim
 
@@ -54,6 +56,24 @@ def read_rows(path: Path) -> list[Row]:
         return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def _is_variant(model: str) -> bool:
+    """Of our block, itself included; *plain* is shown among the peers too."""
+    return model in ("liquid", "plain") or model not in PEERS
+
+
+def best_learning_rate(rows: list[Row], model: str, setting: Mapping[str, str]) -> str | None:
+    """The one of the least loss in training on the split for choices; `liquid`'s for a variant that was not tuned.
+
+    By the loss and not by the kernel distance, which is still flat where trainings for choices end.
+    """
+    for name in (model, "liquid") if _is_variant(model) else (model,):
+        wanted = {"split": "tune", "model": name, "fraction": "1"} | {key: setting[key] for key in CHOSEN_FOR}
+        tuned = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+        if tuned:
+            return min(tuned, key=lambda row: float(row["loss"]))["lr"]
+    return None
 
 
 def mean_and_error(rows: list[Row], key: str = "kd") -> tuple[float, float]:
@@ -267,7 +287,8 @@ def draw_quality() -> None:
     """All that quality.csv tells: tables in docs/ablations.md, and curves of either budget's setting with most rows."""
     from ablations import ABLATIONS
 
-    rows = read_rows(QUALITY)
+    every = read_rows(QUALITY)
+    rows = [row for row in every if row["split"] == "tune" or row["lr"] == best_learning_rate(every, row["model"], row)]
     tables = _quality_tables(rows, {name: ablation.question for name, ablation in ABLATIONS.items()})
     for name, unit, x, words in (
         ("time", " s", "seconds", "seconds of training steps"),
@@ -284,7 +305,7 @@ def draw_quality() -> None:
 def _quality_tables(rows: list[Row], questions: dict[str, str] | None = None) -> dict[str, str]:
     """Tables of rows of `quality.py`, by their names; with what each variant tests, or without."""
     peers = [row for row in rows if row["model"] in PEERS]
-    variants = [row for row in rows if row["model"] in ("liquid", "plain") or row["model"] not in PEERS]
+    variants = [row for row in rows if _is_variant(row["model"])]
     return {
         "learning rates": tuning_table(rows),
         "ablations": comparison_tables(variants, "liquid", questions),

@@ -32,7 +32,7 @@ from typing import Any
 import pyarrow.parquet
 import torch
 from ablations import ABLATIONS, ablated
-from figures import QUALITY, STEP_TIMES, draw_quality, read_rows
+from figures import CHOSEN_FOR, QUALITY, STEP_TIMES, best_learning_rate, draw_quality, read_rows
 from harness import Budget, Training, draw, fit_codec, held_out_loss, predict
 from peers import check_size, dico, dit, fcdm, unet2d
 from speed import machine, take_turns
@@ -108,17 +108,6 @@ def forward_flops(model: nn.Module, channels: int, side: int, device: torch.devi
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         predict(model.eval(), x, t, torch.zeros(1, dtype=torch.long, device=device))
     return int(counter.get_total_flops())
-
-
-def best_learning_rate(rows: list[dict[str, str]], name: str, options: argparse.Namespace) -> float | None:
-    """The one of the least loss in training on the split for choices.
-
-    By the loss and not by the kernel distance, which is still flat where trainings for choices end.
-    """
-    wanted = {"split": "tune", "model": name, "fraction": "1"}
-    wanted |= {key: str(getattr(options, key)) for key in ("preset", "size", "optimizer")}
-    tuned = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
-    return float(min(tuned, key=lambda row: float(row["loss"]))["lr"]) if tuned else None
 
 
 class Comparison:
@@ -296,14 +285,16 @@ def plan(options: argparse.Namespace) -> list[tuple[str, int, float]]:
     trainings, rows = [], read_rows(QUALITY)
     for seed in options.seeds:
         for name in options.models:
-            best = best_learning_rate(rows, name, options)
-            if best is None and name in ABLATIONS:
-                best = best_learning_rate(rows, OURS, options)
-            rates = LEARNING_RATES[options.optimizer] if options.split == "tune" else (best,)
-            for lr in (options.lr,) if options.lr else rates:
-                if lr is None:
-                    sys.exit(f"No learning rate was chosen for {name}: run with --split tune first, or say --lr.")
-                trainings.append((name, seed, lr))
+            best = best_learning_rate(rows, name, {key: str(getattr(options, key)) for key in CHOSEN_FOR})
+            if options.lr:
+                rates: tuple[float, ...] = (options.lr,)
+            elif options.split == "tune":
+                rates = LEARNING_RATES[options.optimizer]
+            elif best is not None:
+                rates = (float(best),)
+            else:
+                sys.exit(f"No learning rate was chosen for {name}: run with --split tune first, or say --lr.")
+            trainings += [(name, seed, lr) for lr in rates]
     return trainings
 
 

@@ -86,10 +86,11 @@ Frechet distance are in the features of EfficientNet-Lite0 and can't be compared
 
 ## Limits
 
-It knows these emoji and nothing else, at this size, and takes no text. Flags, faces, people, clocks and signs are its
-best; animals and small things fall apart. The simplest (pictograms of families, some faces, a clock) come out nearly as
-they are in the set: benchmarks/results/nano-emoji-nearest.png in the repository has the 16 nearest pairs. It was made
-to show what a few million parameters do, and to try the commands with.
+It knows these emoji and nothing else, at this size, and takes no text. Flags, faces, hands, clocks and some animals are
+its best; signs are coloured squares with no letters, and small things fall apart. The simplest (pictograms of
+families, flags of plain stripes, some faces) come out nearly as they are in the set:
+benchmarks/results/nano-emoji-nearest.png in the repository has the 16 nearest pairs. It was made to show what a few
+million parameters do, and to try the commands with.
 """
 
 

@@ -84,7 +84,7 @@ def resolve(config: TrainConfig, device: str) -> RunConfig:
     codec = config.codec or ("pixels" if image_size <= 64 else "sd-vae")
     model = config.model or ("nano" if cpu else "tiny")
     preset(model)
-    # far better pictures of as many images (docs/ablations.md); not tried with the larger ones
+    # far better pictures of as many images (docs/ablations-before.md); not tried with the larger ones
     optimizer = config.optimizer or ("muon" if model == "nano" else "adamw")
     steps = config.steps or ((2000 if cpu else 4000) if emoji else (4000 if cpu else 20000))
     decided: dict[str, Any] = {

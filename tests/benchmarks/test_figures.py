@@ -6,6 +6,7 @@ import pytest
 from figures import (
     NOT_YET,
     Row,
+    best_learning_rate,
     causal_table,
     comparison_tables,
     mean_and_error,
@@ -62,6 +63,21 @@ def test_tables_hold_what_the_rows_say() -> None:
     assert tuning.splitlines()[0].startswith("480 s each, 32 px")
     assert tuning.splitlines()[2] == "| model | 0.0005 | 0.002 |"
     assert tuning.splitlines()[-1] == "| a | **0.300** | 0.400 |"
+
+
+def test_a_learning_rate_is_chosen_by_the_loss_on_the_split_for_choices() -> None:
+    """Where such a training ended, of an optimiser of its own; and a variant that was not tuned has ours."""
+    some = rows("liquid", 0, split="tune", lr="0.004", loss="0.4") + rows(
+        "liquid", 0, split="tune", lr="0.008", loss="0.3"
+    )
+    some += rows("liquid", 0, split="tune", lr="0.016", loss="0.2", fraction="0.5")
+    some += rows("liquid", 0, lr="0.032", loss="0.1")
+    some += rows("UNet2DModel", 0, split="tune", lr="0.016", optimizer="muon")
+    here = {"size": "32", "preset": "nano", "optimizer": "adamw"}
+    assert best_learning_rate(some, "liquid", here) == "0.008"
+    assert [best_learning_rate(some, name, here) for name in ("plain", "gate none")] == ["0.008", "0.008"]
+    assert best_learning_rate(some, "UNet2DModel", here) is None
+    assert best_learning_rate(some, "UNet2DModel", here | {"optimizer": "muon"}) == "0.016"
 
 
 def test_optimisers_are_told_of_models_that_had_both() -> None:

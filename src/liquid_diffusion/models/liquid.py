@@ -77,7 +77,7 @@ class ParallelCfC(nn.Module):
 
     ``f, v = heads(a(t) norm(x) + b(t))``, ``out = project(sigma(f) g)`` with the head ``g = f v``, and the state x is
     relaxed towards `out`. Slope and offset of the time stand in front of the heads, where there are fewer channels; the
-    second head of `cfc_gate` is zero (docs/ablations.md has what a third convolution for it was worth).
+    second head of `cfc_gate` is zero (docs/liquid-block.md has what a third convolution for it was worth).
 
     Args:
         channels: C.
