@@ -294,12 +294,15 @@ def test_full_memory_is_said_in_one_sentence(tmp_path: Path, capsys: Capture, mo
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Signals) -> None:
-    """A real process and a real signal; afterwards the printed command goes on from the very step."""
+    """A real process with workers that read, and a real signal, which a terminal sends to all of them; afterwards the
+    printed command goes on from the very step."""
     out = tmp_path / "run"
     command = [sys.executable, "-m", "liquid_diffusion"]
     process = subprocess.Popen(
-        [*command, "train", *TINY, "--steps", "100000", "--compile", "false", "--log-every", "1", "--out", str(out)],
+        [*command, "train", *TINY, "--steps", "100000", "--compile", "false", "--log-every", "1", "--out", str(out),
+         "--crop", "random"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        start_new_session=True,
     )  # fmt: skip
     try:
         deadline = time.monotonic() + 120
@@ -308,12 +311,13 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Signa
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        process.send_signal(number)
+        os.killpg(process.pid, number)
         said, errors = process.communicate(timeout=120)
     finally:
         process.kill()
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
+    assert errors.count("Stopping after this step") == 1
     step = int(said.split("Stopped at step ")[1].split(";")[0])
     assert (out / "checkpoints" / f"step-{step:06d}" / "manifest.json").is_file()
     go_on = said.strip().splitlines()[-1].split("or: liquid-diffusion ")[1].split()

@@ -167,6 +167,7 @@ def test_shortage_is_told_with_the_batch_that_fits() -> None:
     assert 48 < batch < 64
     assert estimate(replace(config, batch_size=batch)).peak_bytes <= 0.9 * needed
     assert "not even one picture" in (shortage(config, 2**20) or "")
+    assert f"--batch-size {4 * batch} would" in (shortage(config, needed, parts=4) or "")
 
 
 def test_averages_in_the_computers_memory_spare_the_card() -> None:

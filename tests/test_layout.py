@@ -15,6 +15,7 @@ SOURCE = Path(liquid_diffusion.__file__).parent
 FLOORS = {
     "": 0,
     "errors": 0,
+    "writing": 0,
     "config": 0,
     "bundle": 0,
     "model_index": 0,

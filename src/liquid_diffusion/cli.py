@@ -176,9 +176,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
-        print(
-            "liquid-diffusion: the memory is full; take a smaller --batch-size or --image-size, "
-            "or train with --gradient-checkpointing true.",
-            file=sys.stderr,
-        )
+        way_out = {
+            "train": "a smaller --batch-size or --image-size, or --gradient-checkpointing true",
+            "encode": "a smaller --batch-size",
+            "evaluate": "a smaller --batch-size",
+        }.get(command, "fewer or smaller pictures")
+        print(f"liquid-diffusion: the memory is full; take {way_out}.", file=sys.stderr)
         return 2

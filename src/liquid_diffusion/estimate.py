@@ -216,19 +216,20 @@ def largest_batch(config: EstimateConfig, gigabytes: float) -> int:
         return fits
 
 
-def shortage(config: EstimateConfig, free_bytes: int) -> str | None:
+def shortage(config: EstimateConfig, free_bytes: int, parts: int = 1) -> str | None:
     """A warning in words where a training needs more than what is free on a card, or None.
 
     Args:
         config: the training; its batch is what is computed at once.
         free_bytes: on the card.
+        parts: in which a step computes its batch, one after the other.
     """
     needed = estimate(config).peak_bytes
     if needed <= _USABLE * free_bytes:
         return None
     free = free_bytes / 2**30
     batch = largest_batch(config, free)
-    way_out = f"--batch-size {batch} would" if batch else "not even one picture at a time would"
+    way_out = f"--batch-size {batch * parts} would" if batch else "not even one picture at a time would"
     return (
         f"This training needs about {needed / 2**30:.1f} GiB and {free:.1f} are free: {way_out}. Other ways: "
         "--gradient-accumulation, --gradient-checkpointing true, --ema-on-cpu true."
@@ -257,7 +258,7 @@ def shortage_of_run(run: RunConfig, num_classes: int, mixed_precision: str, free
         ema_on_cpu=run.ema_on_cpu,
         cache_latents=bool(run.cache_latents),
     )
-    return shortage(config, free_bytes)
+    return shortage(config, free_bytes, run.gradient_accumulation)
 
 
 def report(config: EstimateConfig, as_json: bool = False) -> str:

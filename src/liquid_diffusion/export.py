@@ -18,6 +18,7 @@ from liquid_diffusion.loading import load_pipeline
 from liquid_diffusion.models.unet import LiquidUNet
 from liquid_diffusion.pipeline import LiquidDiffusionPipeline
 from liquid_diffusion.publish import publish
+from liquid_diffusion.writing import writing_to
 
 
 class _Velocity(nn.Module):
@@ -87,14 +88,12 @@ def export(run: str | None, config: ExportConfig) -> str:
         return publish(run, config.out, config.private)
     pipeline = load_pipeline(run)
     folder = Path(config.out).expanduser()
-    try:
+    with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise UserError(f"{folder} is not empty; choose another --out.")
-    except OSError as error:
-        raise UserError(f"{folder} can't be written to: {error.strerror}.") from error
-    if config.to == "onnx":
-        export_onnx(pipeline, folder)
-        return f"{folder}/model.onnx, and what belongs to it in model.json"
-    pipeline.save_pretrained(str(folder))
+        if config.to == "onnx":
+            export_onnx(pipeline, folder)
+            return f"{folder}/model.onnx, and what belongs to it in model.json"
+        pipeline.save_pretrained(str(folder))
     return f"{folder}: LiquidDiffusionPipeline.from_pretrained('{folder}')"

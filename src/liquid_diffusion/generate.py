@@ -23,6 +23,7 @@ from liquid_diffusion.hardware import keep_freed_memory, process_state
 from liquid_diffusion.loading import find_run, load_pipeline
 from liquid_diffusion.pipeline import LiquidDiffusionPipeline, draw_in_batches
 from liquid_diffusion.sampling import make_scheduler
+from liquid_diffusion.writing import save_picture, writing_to
 
 _GRID_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")  # of --out; all else is a folder
 
@@ -73,10 +74,8 @@ def generate(run: str | None, config: SampleConfig) -> str:
     grid = out.suffix.lower() in _GRID_ENDINGS
     if config.nearest and not grid:
         raise UserError(f"The nearest pictures come as one grid: give --out a name that ends in .png, not {out}.")
-    try:
+    with writing_to(out):
         (out.parent if grid else out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out} can't be written to: {error.strerror}.") from error
     disable_progress_bar()  # of the parts being loaded; the one of the sampling stays
     keep_freed_memory()
     pipeline = load_pipeline(run).to(process_state().device)
@@ -88,13 +87,10 @@ def generate(run: str | None, config: SampleConfig) -> str:
         sheet, words = _beside_nearest(torch.cat(list(batches)), trained)
     elif grid:
         sheet = draw_grid(to_pil(torch.cat(list(batches))), columns=max(1, round(config.n**0.5)))
-    try:
-        if grid:
-            sheet.save(out)
-        else:  # as they come: thousands of them need not be in memory together
-            pictures = itertools.chain.from_iterable(map(to_pil, batches))
-            for seed, picture in enumerate(pictures, config.seed):
-                picture.save(out / f"{seed:06d}.png")
-    except OSError as error:
-        raise UserError(f"{out} can't be written to: {error.strerror or error}.") from error
+    if grid:
+        save_picture(sheet, out)
+    else:  # as they come: thousands of them need not be in memory together
+        pictures = itertools.chain.from_iterable(map(to_pil, batches))
+        for seed, picture in enumerate(pictures, config.seed):
+            save_picture(picture, out / f"{seed:06d}.png")
     return f"{config.n} picture{'s' if config.n > 1 else ''}: {out}. {words}".rstrip()

@@ -71,6 +71,16 @@ def at_most_cores(processes: int) -> int:
     return min(processes, cores)
 
 
+def leave_process_group(_worker: int = 0) -> None:
+    """What a worker of a data loader begins with.
+
+    A signal that ends a run goes to the whole group, from a terminal or from `timeout`. What it ends is the main
+    process's to decide, which finishes its step with what the workers read, saves, and ends them itself.
+    """
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()
+
+
 def free_memory(device: torch.device) -> int | None:
     """Bytes of a CUDA card that this process may still take or has taken already; None for other devices."""
     if device.type != "cuda":

@@ -202,7 +202,12 @@ def test_what_a_run_tells_of_its_training(run: Path) -> None:
 def test_a_port_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert main(["demo", "somewhere", "--port", str(taken.getsockname()[1])]) == 2
-    assert "choose another --port" in capsys.readouterr().err
+    assert "(Address already in use); choose another --port" in capsys.readouterr().err
+
+
+def test_a_host_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "somewhere", "--host", "no such host"]) == 2
+    assert "can't be used (Name or service not known)" in capsys.readouterr().err
 
 
 def test_a_missing_extra_is_one_sentence(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import resource
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -292,6 +293,37 @@ def test_data_that_changed_is_not_gone_on_with(quick: Make, photos: Path) -> Non
     (photos / "dog" / "00.png").unlink()
     with pytest.raises(UserError, match=r"has changed since .* had 22 pictures, now 21"):
         Trainer(quick(data=str(photos)))
+
+
+def test_a_class_of_another_name_is_another_class(quick: Make, photos: Path) -> None:
+    Trainer(quick(data=str(photos))).save()
+    (photos / "dog").rename(photos / "wolf")
+    with pytest.raises(UserError, match=r"has changed since .*: its classes were cat, dog, now cat, wolf"):
+        Trainer(quick(data=str(photos)))
+
+
+def test_a_full_disk_is_told_and_leaves_what_was_whole(quick: Make, tmp_path: Path) -> None:
+    """Files may not grow beyond what a checkpoint takes, so the system itself refuses to write one."""
+    trainer = Trainer(quick(steps=2))
+    whole = trainer.save()
+    config = (tmp_path / "run" / "config.yaml").read_bytes()
+    trainer.train_step(*next(iter(trainer._batches()))[:2])
+    trainer.step = 1
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for most in (10_000_000, 10):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+        try:
+            with pytest.raises(
+                UserError, match=r"run can't be written to: .*(File too large|file write failed|enforce)"
+            ):
+                trainer.save()
+            if most == 10:
+                with pytest.raises(UserError, match="can't be written to"):
+                    Trainer(quick(steps=3))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == config
+    assert Trainer(quick(steps=2)).checkpoints.all() == [whole]
 
 
 def test_a_folder_that_was_moved_is_gone_on_with(

@@ -37,8 +37,9 @@ from liquid_diffusion.data.sources import BadPictureError, Source, open_source, 
 from liquid_diffusion.data.split import split
 from liquid_diffusion.data.transforms import Shape, to_float, to_shape, to_uint8
 from liquid_diffusion.errors import UserError
-from liquid_diffusion.hardware import at_most_cores, process_state
+from liquid_diffusion.hardware import at_most_cores, leave_process_group, process_state
 from liquid_diffusion.presets import check_size, resolve_encoding
+from liquid_diffusion.writing import write_whole, writing_to
 
 MANIFEST = "manifest.json"
 PIXELS_NEED_NO_CACHE = "The codec pixels costs nothing, there is nothing to cache: train without --cache-latents."
@@ -228,7 +229,7 @@ class Encoding:
         """
         if self.finished:
             return
-        try:
+        with writing_to(self.folder):
             if self.state.is_main_process:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._write(self._plan)
@@ -239,8 +240,6 @@ class Encoding:
             if self.state.is_main_process:
                 self._write(self._finished_manifest())
             self.state.wait_for_everyone()
-        except OSError as error:
-            raise UserError(f"{self.folder} can't be written to: {error.strerror}.") from error
 
     def _encode_missing(self) -> None:
         state = self.state
@@ -255,6 +254,7 @@ class Encoding:
             sampler=keys,
             batch_size=None,
             num_workers=at_most_cores(self.config.workers),
+            worker_init_fn=leave_process_group,
         )
         batches = iter(loader)
         share = f" (part 1 of {state.num_processes})" if state.num_processes > 1 else ""
@@ -297,9 +297,7 @@ class Encoding:
         return empty, empty if self.codec.is_random else None
 
     def _write(self, manifest: dict[str, Any]) -> None:
-        partial = self.folder / f"{MANIFEST}.partial"
-        partial.write_text(json.dumps(manifest, indent=1))
-        os.replace(partial, self.folder / MANIFEST)
+        write_whole(self.folder / MANIFEST, json.dumps(manifest, indent=1))
 
     def _finished_manifest(self) -> dict[str, Any]:
         shards, unreadable, sums = [], list(self._unreadable), []

@@ -11,6 +11,7 @@ from liquid_diffusion.config import ShowConfig, TrainConfig
 from liquid_diffusion.data.registry import describe, find_facts
 from liquid_diffusion.errors import UserError
 from liquid_diffusion.presets import FACTORS, check_size, resolve
+from liquid_diffusion.writing import save_picture, writing_to
 
 if TYPE_CHECKING:  # the table of data sets comes at once
     from torch import Tensor
@@ -82,11 +83,9 @@ def show(source: str, config: ShowConfig) -> str:
     kept = [feed.label_names[number] for number in numbers] if feed.label_names else []
     sheet = draw_grid([to_pil(to_float(image)[None])[0] for image in itertools.chain(*shown)], _COLUMNS, kept)
     out = Path(config.out)
-    try:
+    with writing_to(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(out)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{out} can't be written: {error}.") from error
+    save_picture(sheet, out)
     lines = [f"{out}: {sum(map(len, rows.values()))} of {describe_feed(feed, run, held_out)}."]
     if feed.label_names:
         lines.append(f"Classes: {', '.join(feed.label_names)}.")

@@ -27,6 +27,7 @@ from liquid_diffusion.data.sources import BadPictureError, decode
 from liquid_diffusion.data.split import is_held_out
 from liquid_diffusion.data.transforms import Shape, to_shape, to_uint8
 from liquid_diffusion.errors import UserError
+from liquid_diffusion.hardware import leave_process_group
 
 # Lanes of a process: the places of the stream that one batch is taken from, and the most workers it can have.
 LANES = 4
@@ -276,7 +277,13 @@ class PictureStream(PictureFeed):
             UserError: the pictures can't be had any more.
         """
         jobs = min(workers, LANES)
-        parts = iter(DataLoader(_Parts(self, batch_size, start, rank, world), batch_size=None, num_workers=jobs))
+        loader = DataLoader(
+            _Parts(self, batch_size, start, rank, world),
+            batch_size=None,
+            num_workers=jobs,
+            worker_init_fn=leave_process_group,
+        )
+        parts = iter(loader)
         if jobs:
             self._reader.forget()  # the workers have them now
         while True:

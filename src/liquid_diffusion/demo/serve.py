@@ -311,9 +311,9 @@ def _check_address(host: str, port: int) -> None:
         with socket.create_server((host, port)):
             pass
     except OSError as error:
-        raise UserError(
-            f"{host}:{port} can't be used ({os.strerror(error.errno or 0)}); choose another --port or --host."
-        ) from error
+        number = error.errno or 0  # below 0 of a name that is none
+        reason = os.strerror(number) if number > 0 else error.strerror
+        raise UserError(f"{host}:{port} can't be used ({reason}); choose another --port or --host.") from error
 
 
 def _leave_at_once() -> NoReturn:

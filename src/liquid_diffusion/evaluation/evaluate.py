@@ -29,6 +29,7 @@ from liquid_diffusion.history import last_step
 from liquid_diffusion.loading import find_run, load_pipeline
 from liquid_diffusion.pipeline import LiquidDiffusionPipeline, draw_in_batches
 from liquid_diffusion.sampling import make_scheduler
+from liquid_diffusion.writing import save_picture, write_whole, writing_to
 
 _LARGEST_REFERENCE = 10_000  # pictures; the matrices of distances grow as its square
 
@@ -177,18 +178,17 @@ def evaluate(run: str | None, config: EvaluateConfig, as_json: bool = False) -> 
         UserError: see `measure`; or the place can't be written to.
     """
     out = Path(config.out).expanduser()
-    try:
+    with writing_to(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         fresh = not out.exists()
         out.open("a").close()  # to fail before the work and not after it
         if fresh:
             out.unlink()  # an empty file that is left behind would be taken for figures by the model card
-    except OSError as error:
-        raise UserError(f"{out} can't be written to: {error.strerror}.") from error
     facts, pairs = measure(run, config)
     if pairs is not None:
         facts["nearest_pairs"] = str(out.with_name(f"{out.stem}-nearest.png"))
-        pairs.save(facts["nearest_pairs"])
+        save_picture(pairs, Path(facts["nearest_pairs"]))
     text = json.dumps(facts, indent=2)
-    out.write_text(text + "\n")
+    with writing_to(out):
+        write_whole(out, text + "\n")
     return text if as_json else f"{table(facts)}\n\nWritten to {out}."

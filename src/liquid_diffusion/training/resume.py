@@ -70,8 +70,17 @@ def check_same_data(checkpoint: Path, before: dict[str, Any], data: str, picture
     Raises:
         UserError: they have another number of pictures or other classes.
     """
-    if before["pictures"] != pictures or before["label_names"] != label_names:
-        raise UserError(
-            f"{data} has changed since {checkpoint} was written: it had {before['pictures']} pictures, now "
-            f"{pictures}; choose another --out to train on what is there now."
-        )
+    if before["pictures"] != pictures:
+        what = f"it had {before['pictures']} pictures, now {pictures}"
+    elif before["label_names"] != label_names:
+        what = f"its classes were {_listed(before['label_names'])}, now {_listed(label_names)}"
+    else:
+        return
+    raise UserError(
+        f"{data} has changed since {checkpoint} was written: {what}; choose another --out to train on what is there "
+        "now."
+    )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names) or "none"

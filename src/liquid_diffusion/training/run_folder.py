@@ -17,6 +17,7 @@ from tqdm import tqdm
 from liquid_diffusion.config import RunConfig
 from liquid_diffusion.errors import UserError
 from liquid_diffusion.pipeline import LiquidDiffusionPipeline
+from liquid_diffusion.writing import write_whole, writing_to
 
 
 class RunFolder:
@@ -46,7 +47,8 @@ class RunFolder:
         """
         if data.is_dir() and self.path.resolve().is_relative_to(data.resolve()):
             raise UserError(f"The run folder {self.path} would lie among the pictures; choose another --out.")
-        if not self.path.is_dir() or not any(self.path.iterdir()):
+        aside = f"{self.config_file.name}.partial"  # of a process that was killed as it began
+        if not self.path.is_dir() or all(path.name == aside for path in self.path.iterdir()):
             return
         try:
             settings = yaml.safe_load(self.config_file.read_text())
@@ -64,11 +66,9 @@ class RunFolder:
         Raises:
             UserError: it can't be written to.
         """
-        try:
+        with writing_to(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            self.config_file.write_text(yaml.safe_dump(asdict(config), sort_keys=False))
-        except OSError as error:
-            raise UserError(f"The run folder {self.path} can't be written to: {error.strerror}.") from error
+            write_whole(self.config_file, yaml.safe_dump(asdict(config), sort_keys=False))
 
     def note_skipped(self, messages: Sequence[str], pictures: int) -> None:
         """Name pictures that can't be read in RUN/skipped.jsonl, each once, and say how many of `pictures` they are.

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from liquid_diffusion.writing import write_whole
+
 
 class MetricsLog:
     """RUN/metrics.jsonl and RUN/tensorboard.
@@ -31,7 +33,7 @@ class MetricsLog:
                         kept.append(line + "\n")
                 except (ValueError, KeyError, TypeError):
                     continue  # the last line of a run that was killed while it wrote
-        path.write_text("".join(kept))
+        write_whole(path, "".join(kept))
         self._file = path.open("a", buffering=1)
         board = run / "tensorboard"
         # TensorBoard reads the files in the order of their names, which tell the second: a second file of the same

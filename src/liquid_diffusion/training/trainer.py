@@ -40,6 +40,7 @@ from liquid_diffusion.training.run_folder import RunFolder
 from liquid_diffusion.training.state import TrainingState
 from liquid_diffusion.training.step import TrainingStep
 from liquid_diffusion.training.tracking import MetricsLog, StopRequest
+from liquid_diffusion.writing import writing_to
 
 _GRID_COLUMNS = 8
 _FIT_PICTURES = 256
@@ -148,7 +149,15 @@ class Trainer:
     # ---- state
 
     def save(self) -> Path:
-        """Write a checkpoint, and the averaged weights as a pipeline."""
+        """Write a checkpoint, and the averaged weights as a pipeline.
+
+        Raises:
+            UserError: they can't be written; the checkpoint and the pipeline before are as they were.
+        """
+        with writing_to(self.folder.path):
+            return self._save()
+
+    def _save(self) -> Path:
         accelerator, folder = self.accelerator, self.checkpoints.place(self.step)
         if accelerator.is_main_process:
             self.checkpoints.begin(self.step)

@@ -1,0 +1,55 @@
+"""Files on a disk that may be full: said in words, and never half of a file in the place of a whole one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+from safetensors import SafetensorError
+
+from liquid_diffusion.errors import UserError, first_line
+
+
+@contextlib.contextmanager
+def writing_to(place: Path) -> Iterator[None]:
+    """Errors of a disk that is full, or must not be written to, in words.
+
+    Raises:
+        UserError: it can't be written to.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{place} can't be written to: {error.strerror or first_line(error)}.") from error
+    except SafetensorError as error:
+        raise UserError(f"{place} can't be written to: {first_line(error)}.") from error
+    except RuntimeError as error:  # torch.save has no other
+        if not any(name in str(error) for name in ("PytorchStreamWriter", "inline_container")):
+            raise
+        raise UserError(f"{place} can't be written to: {first_line(error)}.") from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text aside and put it in the place of the one before."""
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        partial.write_text(text)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a picture in the format that its name ends in.
+
+    Raises:
+        UserError: there is no such format, it takes no picture as large, or the place can't be written to.
+    """
+    with writing_to(path):
+        try:
+            picture.save(path)
+        except ValueError as error:
+            raise UserError(f"{path} can't be written: {first_line(error)}.") from error
