@@ -44,7 +44,7 @@ def _train(arguments: dict[str, Any]) -> int:
     run, say = trainer.folder, trainer.accelerator.print  # of several processes the first one speaks
     if trainer.finished:
         say(f"{run.path} has reached its {trainer.step} steps; give more --steps to train on.")
-        trainer.push()
+        trainer.run()
         return 0
     say(trainer.summary())
     if warning := trainer.memory_warning():

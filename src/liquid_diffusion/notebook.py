@@ -54,6 +54,7 @@ class Watch:
     def __init__(self, run: Path, seconds: float = 15.0) -> None:
         from IPython.display import DisplayHandle
 
+        overview(run)  # what is missing for it is told before the training and not after it
         self.run, self.seconds = run, seconds
         self._handle: Any = DisplayHandle()
         self._shown = False
@@ -100,7 +101,9 @@ def train(config: TrainConfig) -> Path:
     """
     trainer = Trainer(config)
     print(trainer.summary())
+    if warning := trainer.memory_warning():
+        print(warning)
     with Watch(trainer.folder.path):
-        done = trainer.finished or trainer.run()
+        done = trainer.run()
     print("Done." if done else f"Stopped at step {trainer.step}; all is saved. Run the cell again to go on.")
     return trainer.folder.path

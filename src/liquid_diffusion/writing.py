@@ -6,11 +6,14 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from PIL import Image
 from safetensors import SafetensorError
 
 from liquid_diffusion.errors import UserError, first_line
+
+if TYPE_CHECKING:  # `datasets` lists without it
+    from PIL import Image
 
 
 @contextlib.contextmanager

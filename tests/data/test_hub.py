@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 from collections import Counter
 from pathlib import Path
@@ -10,9 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Features, Value
 from datasets import Image as ImageFeature
+from datasets.exceptions import DatasetGenerationError
 from hub_sets import build, encoded, number_of, picture, write_parquet
 from little_hub import LittleHub
 
+from liquid_diffusion.data.hub import _in_words
 from liquid_diffusion.data.registry import DATASETS, DatasetFacts, describe, find_facts
 from liquid_diffusion.data.sources import BadPictureError, Source, open_source
 from liquid_diffusion.data.split import split
@@ -118,6 +121,23 @@ def test_parquet_on_the_disk(tmp_path: Path) -> None:
     (tmp_path / "data/1.parquet").write_bytes(b"PAR1 this is none PAR1")
     with pytest.raises(UserError, match="are damaged"):
         open_source(str(tmp_path / "data"))
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "'some/rows' can't be prepared here: .*No space left"),
+        (OSError("Not enough disk space. Needed: 2 GiB"), "'some/rows' can't be prepared here: Not enough disk space"),
+        (ConnectionError("Couldn't reach it"), "The Hub can't be reached for 'some/rows'"),
+    ],
+    ids=str,
+)
+def test_a_full_disk_is_not_the_networks_fault(error: OSError, words: str) -> None:
+    """As `datasets` raises them: while it looks for room, and out of the writing of its tables."""
+    with pytest.raises(UserError, match=words), _in_words("some/rows"):
+        raise error
+    with pytest.raises(UserError, match=words), _in_words("some/rows"):
+        raise DatasetGenerationError("An error occurred while generating the dataset") from error
 
 
 def test_a_folder_with_metadata(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import re
 import sys
@@ -144,6 +145,12 @@ def download_table(found: HubFiles) -> Any:
         return found.builder.as_dataset(split=found.split)
 
 
+def _is_of_this_disk(error: BaseException) -> bool:
+    """Whether it is full, or something on it may not be read or written; `datasets` has a text alone for the first."""
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+    return isinstance(error, OSError) and (error.errno in numbers or "disk space" in str(error))
+
+
 @contextlib.contextmanager
 def _in_words(data: str) -> Iterator[None]:
     """What goes wrong within it becomes a `UserError`."""
@@ -159,6 +166,8 @@ def _in_words(data: str) -> Iterator[None]:
         ) from error
     except (DatasetGenerationError, pa.ArrowException) as error:
         cause = error.__cause__ or error
+        if _is_of_this_disk(cause):
+            raise UserError(f"The data set {data!r} can't be prepared here: {first_line(cause)}") from error
         if isinstance(cause, HfHubHTTPError | HTTPError | ConnectionError):
             raise UserError(f"The Hub can't be reached for {data!r} any more: {first_line(cause)}") from error
         raise UserError(f"The files of {data!r} are damaged: {first_line(cause)}") from error
@@ -166,6 +175,8 @@ def _in_words(data: str) -> Iterator[None]:
         raise UserError(f"The data set {data!r} can't be opened: {first_line(error)}") from error
     except (OSError, HTTPError) as error:
         reason = first_line(error)
+        if _is_of_this_disk(error):
+            raise UserError(f"The data set {data!r} can't be prepared here: {reason}") from error
         why = "" if reason.startswith("Couldn't reach") else f" ({reason})"  # which would be said twice
         raise UserError(
             f"The Hub can't be reached for {data!r}{why}; check the network, or train on a folder."

@@ -99,7 +99,7 @@ class TableSource:
         image_column, label_column: see `Columns`.
 
     Raises:
-        UserError: it has no rows, no column holds pictures, or one that was asked for is not there.
+        UserError: no column holds pictures, or one that was asked for is not there.
     """
 
     def __init__(
@@ -111,8 +111,6 @@ class TableSource:
     ) -> None:
         from datasets import Image as ImageFeature
 
-        if not len(table):
-            raise UserError(f"{origin} has no rows.")
         self.origin = origin
         self._columns = Columns(table.features, origin, image_column, label_column, table.unique)
         self.label_names = self._columns.label_names

@@ -32,6 +32,7 @@ from liquid_diffusion.sampling import make_scheduler
 from liquid_diffusion.writing import save_picture, write_whole, writing_to
 
 _LARGEST_REFERENCE = 10_000  # pictures; the matrices of distances grow as its square
+_ENOUGH_HELD_OUT = 1000  # for a median and a percentile of distances
 
 
 def spread_labels(labels: Tensor, n: int, seed: int) -> Tensor:
@@ -57,11 +58,11 @@ def draw_samples(pipeline: LiquidDiffusionPipeline, labels: Tensor | None, confi
     return torch.stack(pictures)
 
 
-def _thinned(dataset: PictureDataset) -> PictureDataset:
-    """At most `_LARGEST_REFERENCE` pictures, at equal distances over the set."""
-    if len(dataset) <= _LARGEST_REFERENCE:
+def _thinned(dataset: PictureDataset, most: int = _LARGEST_REFERENCE) -> PictureDataset:
+    """At most so many pictures, at equal distances over the set."""
+    if len(dataset) <= most:
         return dataset
-    chosen = [dataset.indices[i * len(dataset) // _LARGEST_REFERENCE] for i in range(_LARGEST_REFERENCE)]
+    chosen = [dataset.indices[i * len(dataset) // most] for i in range(most)]
     return PictureDataset(dataset.source, dataset.image_size, indices=chosen, crop=dataset.crop, shapes=dataset.shapes)
 
 
@@ -93,12 +94,14 @@ def _memory(
         trained = torch.cat([trained, cached.of(train, mirrored=True)])
     distances, index = nearest_rows(features, trained)
     pictures = to_float(samples)
-    pixel = nearest_pictures(pictures, train)[1]
-    unseen, unseen_pixel, seen = None, None, 0
-    if held_out is not None:
+    if held_out is None:
+        pixel, unseen, unseen_pixel, seen = nearest_pictures(pictures, train)[1], None, None, 0
+    else:
+        held_out = _thinned(held_out, _ENOUGH_HELD_OUT)
         unseen = nearest_rows(cached.of(held_out), trained)[0]
         real = to_float(torch.stack([held_out.picture(i)["image"] for i in range(len(held_out))]))
-        unseen_pixel = nearest_pictures(real, train)[1]
+        together = nearest_pictures(torch.cat([pictures, real]), train)[1]  # which reads the set once
+        pixel, unseen_pixel = together.split([len(pictures), len(real)])
         # Two files may be one picture at this size. What was trained on is not unseen, and a distance of 0 among so few
         # would be their first percentile, which no copy is under.
         new = unseen_pixel > 0

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from liquid_diffusion.data.pictures import PictureDataset
 from liquid_diffusion.data.transforms import to_float
+
+_CANDIDATES = 4  # a product of matrices finds them; it loses the digits that tell a copy from a near one
 
 
 @torch.no_grad()
@@ -24,15 +27,17 @@ def nearest_pictures(samples: Tensor, dataset: PictureDataset, batch_size: int =
     best = torch.full((len(samples),), torch.inf)
     nearest = torch.zeros_like(samples)
     flat = samples.flatten(1)
-    for start in range(0, len(dataset), batch_size):
+    starts = range(0, len(dataset), batch_size)
+    for start in tqdm(starts, "Nearest training pictures", unit="batch", leave=False, delay=2):
         stop = min(start + batch_size, len(dataset))
         pictures = to_float(torch.stack([dataset.picture(i)["image"] for i in range(start, stop)]))
         if dataset.flip:
             pictures = torch.cat([pictures, pictures.flip(-1)])
-        # cdist's matrix product loses the digits that tell a copy from a near one
-        distances = torch.cdist(flat, pictures.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
-        distance, index = (distances / flat.shape[1] ** 0.5).min(dim=1)
-        closer = distance < best
-        best[closer] = distance[closer]
-        nearest[closer] = pictures[index[closer]]
+        about = torch.cdist(flat, pictures.flatten(1), compute_mode="use_mm_for_euclid_dist")
+        for index in about.topk(min(_CANDIDATES, len(pictures)), largest=False).indices.unbind(1):
+            candidates = pictures[index]
+            distance = (samples - candidates).square().mean((1, 2, 3)).sqrt()
+            closer = distance < best
+            best[closer] = distance[closer]
+            nearest[closer] = candidates[closer]
     return nearest, best

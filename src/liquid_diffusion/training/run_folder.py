@@ -17,7 +17,7 @@ from tqdm import tqdm
 from liquid_diffusion.config import RunConfig
 from liquid_diffusion.errors import UserError
 from liquid_diffusion.pipeline import LiquidDiffusionPipeline
-from liquid_diffusion.writing import write_whole, writing_to
+from liquid_diffusion.writing import save_picture, write_whole, writing_to
 
 
 class RunFolder:
@@ -99,8 +99,9 @@ class RunFolder:
     def save_samples(self, sheet: Image.Image, step: int) -> Path:
         """RUN/samples/step-000500.png."""
         path = self.path / "samples" / f"step-{step:06d}.png"
-        path.parent.mkdir(exist_ok=True)
-        sheet.save(path)
+        with writing_to(path):
+            path.parent.mkdir(exist_ok=True)
+        save_picture(sheet, path)
         return path
 
     def save_pipeline(self, pipeline: LiquidDiffusionPipeline) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from liquid_diffusion.writing import write_whole
+from liquid_diffusion.writing import write_whole, writing_to
 
 
 class MetricsLog:
@@ -24,7 +24,7 @@ class MetricsLog:
     """
 
     def __init__(self, run: Path, step: int) -> None:
-        path = run / "metrics.jsonl"
+        path = self._path = run / "metrics.jsonl"
         kept = []
         if path.is_file():
             for line in path.read_text().splitlines():
@@ -43,8 +43,13 @@ class MetricsLog:
         self._board = SummaryWriter(str(board), purge_step=step + 1)
 
     def write(self, step: int, **values: float) -> None:
-        """Write the values of a step."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        """Write the values of a step.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        with writing_to(self._path):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 

@@ -255,6 +255,9 @@ class Trainer:
         Raises:
             UserError: the loss is no number any more, or the pictures can't be had any more; then the state is saved.
         """
+        if self.finished:  # but perhaps not on the Hub yet
+            self.push()
+            return True
         config, main = self.config, self.accelerator.is_main_process
         log = MetricsLog(self.folder.path, self.step) if main else None
         bar = tqdm(
