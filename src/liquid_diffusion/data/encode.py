@@ -33,7 +33,7 @@ from liquid_diffusion.codecs import AutoencoderCodec, Codec, make_codec
 from liquid_diffusion.config import EncodeConfig, RunConfig, TrainConfig
 from liquid_diffusion.data.pictures import choose_shapes
 from liquid_diffusion.data.shapes import bucket_shapes
-from liquid_diffusion.data.sources import BadPictureError, Source, open_source, same_place
+from liquid_diffusion.data.sources import BadPictureError, Source, open_source, same_setting
 from liquid_diffusion.data.split import split
 from liquid_diffusion.data.transforms import Shape, to_float, to_shape, to_uint8
 from liquid_diffusion.errors import UserError
@@ -181,8 +181,7 @@ class Encoding:
             return
         before, now = ({**plan["settings"], **plan, "settings": None} for plan in (found, self._plan))
         for name, value in now.items():
-            same = same_place(before["data"], value) if name == "data" else before.get(name) == value
-            if not same:
+            if not same_setting(name, before.get(name), value):
                 raise UserError(
                     f"{self.folder} holds latents with {name} {before.get(name)}, not {value}; choose another folder, "
                     "or delete this one."

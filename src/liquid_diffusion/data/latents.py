@@ -16,7 +16,7 @@ from liquid_diffusion.codecs import AutoencoderCodec, Codec
 from liquid_diffusion.config import RunConfig
 from liquid_diffusion.data.encode import PIXELS_NEED_NO_CACHE, read_manifest, settings
 from liquid_diffusion.data.pictures import IN_MEMORY_BYTES, Item, is_mirrored
-from liquid_diffusion.data.sources import same_place
+from liquid_diffusion.data.sources import same_setting
 from liquid_diffusion.data.transforms import Shape
 from liquid_diffusion.errors import UserError
 
@@ -47,8 +47,8 @@ class LatentDataset(Dataset[Item]):
             raise UserError(f"There are {part} in {folder}; write them with `liquid-diffusion encode --out {folder}`.")
         for name, value in settings(run, codec).items():
             found = manifest["settings"].get(name)
-            same = same_place(found, value) if name == "data" else found == value
-            if not same and not (name == "flip" and found):  # the mirror images may be left unused
+            unused = name == "flip" and found  # the mirror images
+            if not unused and not same_setting(name, found, value):
                 raise UserError(
                     f"The latents in {folder} were encoded with {name} {found}, but the training has {value}; "
                     "change one of them, or encode again."

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path, PurePath, PurePosixPath
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pi_heif
 from PIL import Image, UnidentifiedImageError
@@ -222,6 +222,11 @@ def same_place(before: str, now: str) -> bool:
     then, here = Path(before), Path(now)
     gone = then.is_absolute() and not then.exists() and not any(then.parent.glob(then.name))  # a pattern is no file
     return before == now or (gone and here.is_absolute() and (then.name == here.name or here.is_dir()))
+
+
+def same_setting(name: str, before: Any, now: Any) -> bool:
+    """Whether an option has the value that it had; of --data, whether it can mean the same pictures."""
+    return same_place(before, now) if name == "data" else bool(before == now)
 
 
 def open_shards(data: str, image_column: str | None = None, label_column: str | None = None) -> Shards | None:

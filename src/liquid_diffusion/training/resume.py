@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from liquid_diffusion.config import RunConfig, TrainConfig
-from liquid_diffusion.data.sources import same_place
+from liquid_diffusion.data.sources import same_setting
 from liquid_diffusion.errors import UserError
 
 # What a run that goes on may change; all else would make it another run. The precision that `auto` stands for is one of
@@ -43,8 +43,7 @@ def check_same_run(folder: Path, before: dict[str, Any], config: RunConfig, acce
     first = {field.name: field.default for field in fields(TrainConfig)} | {"optimizer": "adamw"}
     settings = first | before["config"]  # which may be older than some options
     for name, value in asdict(config).items():
-        same = same_place(settings[name], value) if name == "data" else settings[name] == value
-        if name not in _FREE and not same:
+        if name not in _FREE and not same_setting(name, settings[name], value):
             raise UserError(
                 f"{folder} was trained with {name} {settings[name]}, not {value}; "
                 f"{_wish(name, settings[name])} to go on with it, or choose another --out."
