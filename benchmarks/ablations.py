@@ -58,6 +58,24 @@ class MeanRelaxation(ParallelCfC):
         return torch.exp(-self.log_rate.float().exp() * condition.float().mean(1, keepdim=True).abs())  # (B, C)
 
 
+class StaticRelaxation(ParallelCfC):
+    """``alpha = exp(-lambda)``: learned of each channel, the same at all times and for all labels."""
+
+    def __init__(self, channels: int, condition_channels: int, hidden: int, gate: Gate = "liquid") -> None:
+        super().__init__(channels, condition_channels, hidden, gate)
+        del self.time_relaxation
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            if self.gate != "static":
+                self.time_gate.weight.zero_()
+                self.time_gate.bias.view(2, -1).copy_(torch.tensor([[1.0], [0.0]]))
+            self.log_rate.fill_(math.log(-math.log(0.95)))
+
+    def alpha(self, condition: Tensor) -> Tensor:
+        return torch.exp(-self.log_rate.float().exp())[None]  # (1, C)
+
+
 class HalfRelaxation(ParallelCfC):
     """Relaxation that starts at alpha = 1/2."""
 
@@ -256,6 +274,10 @@ ABLATIONS = {
     "gate behind": Ablation("slope and offset behind the heads too", _with_liquid(TimeBehindHeads)),
     "relaxation none": Ablation("adaLN-zero for relaxation: SwiGLU", _switched("liquid", "none")),
     "relaxation mean": Ablation("the seed's relaxation", _with_liquid(MeanRelaxation)),
+    "relaxation static": Ablation("a relaxation without time", _with_liquid(StaticRelaxation)),
+    "layer static": Ablation(
+        "neither gate nor relaxation with time", _with_liquid(lambda *shape: StaticRelaxation(*shape, gate="static"))
+    ),
     "relaxation half": Ablation("alpha starts at a half, not at 0.95", _with_liquid(HalfRelaxation)),
     "plain": Ablation("neither gate nor relaxation: 1x1, SiLU, 1x1", _switched("none", "none")),
     "backbone 3x3": Ablation(
