@@ -18,6 +18,7 @@ from diffusers import (
 )
 
 from liquid_diffusion.codecs import AutoencoderCodec
+from liquid_diffusion.config import GUIDANCE
 from liquid_diffusion.errors import UserError
 from liquid_diffusion.loading import load_pipeline
 from liquid_diffusion.models.unet import LiquidUNet
@@ -166,7 +167,7 @@ def test_callback_changes_the_state_and_stops(monkeypatch: pytest.MonkeyPatch) -
     torch.testing.assert_close(changed, states[2] + 1)
     # by hand: the step from t = 0.75 to 0.5, from the state that was moved
     moved = states[0] + 1
-    v = pipeline._velocity([0.75], pipeline.labels(None, 1), 2.0)(moved, torch.tensor([0.75]))
+    v = pipeline._velocity([0.75], pipeline.labels(None, 1), GUIDANCE)(moved, torch.tensor([0.75]))
     torch.testing.assert_close(states[1], moved - 0.25 * v)
     again = pipeline(1, num_inference_steps=4, generator=seeded_generators(0, 1), output_type="latent").images
     torch.testing.assert_close(again, full)

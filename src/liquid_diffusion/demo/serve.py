@@ -311,8 +311,7 @@ def _check_address(host: str, port: int) -> None:
         with socket.create_server((host, port)):
             pass
     except OSError as error:
-        number = error.errno or 0  # below 0 of a name that is none
-        reason = os.strerror(number) if number > 0 else error.strerror
+        reason = (error.strerror or str(error)).partition(" (while")[0]  # which goes on with the address
         raise UserError(f"{host}:{port} can't be used ({reason}); choose another --port or --host.") from error
 
 
