@@ -42,6 +42,13 @@ def swish_mlp_width(hidden: int) -> int:
     return 3 * hidden // 2
 
 
+@torch.no_grad()
+def _start_at_one_and_zero(slope_and_offset: ConditionLinear) -> None:
+    """a = 1 and b = 0, whatever the time."""
+    slope_and_offset.weight.zero_()
+    slope_and_offset.bias.view(2, -1).copy_(torch.tensor([[1.0], [0.0]]))
+
+
 class MeanRelaxation(ParallelCfC):
     """The seed's form, ``alpha = exp(-lambda |mean(t_emb)|)``: one number for all channels, about 1 at the start."""
 
@@ -50,9 +57,7 @@ class MeanRelaxation(ParallelCfC):
         del self.time_relaxation
 
     def reset_parameters(self) -> None:
-        with torch.no_grad():
-            self.time_gate.weight.zero_()
-            self.time_gate.bias.view(2, -1).copy_(torch.tensor([[1.0], [0.0]]))
+        _start_at_one_and_zero(self.time_gate)
 
     def alpha(self, condition: Tensor) -> Tensor:
         return torch.exp(-self.log_rate.float().exp() * condition.float().mean(1, keepdim=True).abs())  # (B, C)
@@ -66,11 +71,9 @@ class StaticRelaxation(ParallelCfC):
         del self.time_relaxation
 
     def reset_parameters(self) -> None:
-        with torch.no_grad():
-            if self.gate != "static":
-                self.time_gate.weight.zero_()
-                self.time_gate.bias.view(2, -1).copy_(torch.tensor([[1.0], [0.0]]))
-            self.log_rate.fill_(math.log(-math.log(0.95)))
+        if self.gate != "static":
+            _start_at_one_and_zero(self.time_gate)
+        nn.init.constant_(self.log_rate, math.log(-math.log(0.95)))
 
     def alpha(self, condition: Tensor) -> Tensor:
         return torch.exp(-self.log_rate.float().exp())[None]  # (1, C)
@@ -127,9 +130,7 @@ class TimeBehindHeads(ParallelCfC):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        with torch.no_grad():
-            self.behind.weight.zero_()
-            self.behind.bias.view(2, -1).copy_(torch.tensor([[1.0], [0.0]]))
+        _start_at_one_and_zero(self.behind)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         a, b = self.slope_and_offset(condition)  # (B, C, 1, 1) each
