@@ -100,7 +100,7 @@ def test_parts_equal_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
         whole = compile_for_sampling(model, [0.5], label, 2.0, torch.float32)(x, t)
         with monkeypatch.context() as patch:
             patch.setattr(
-                sys.modules[compile_for_sampling.__module__], "_CACHE_BYTES", 2 * 32 * 8 * 8 * 4
+                sys.modules[compile_for_sampling.__module__], "_PART_BYTES", 2 * 32 * 8 * 8 * 4
             )  # two pictures at once
             parts = compile_for_sampling(model, [0.5], label, 2.0, torch.float32)(x, t)
         torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)

@@ -38,9 +38,13 @@ if TYPE_CHECKING:  # of a bundled pipeline the model's classes are in another fi
     from liquid_diffusion.models.liquid import LiquidBlock
     from liquid_diffusion.models.unet import LiquidUNet
 
-# Of one tensor at the finest stage: larger ones are read from memory again at every pass. At 128 x 128 latents a
-# picture of tiny took 15 % less time in parts of two than in a batch of eight; at 64 x 64 and below nothing changed.
-_CACHE_BYTES = 4 * 2**20
+# Of one tensor at the finest stage, in a part of a batch. Eight pictures of tiny at 128 x 128 latents took 498, 478 and
+# 476 ms in parts of two, four and eight (4, 8 and 16 MiB), of base 1727, 1751 and 1855 (8, 16 and 32 MiB), and of base
+# at 64 x 64 460, 398 and 378 (2, 4 and 8 MiB).
+_PART_BYTES = 8 * 2**20
+# A weight is multiplied, and brought into oneDNN's layout, in the time in which a pass does so many numbers: at tiny's
+# coarsest stage, 8 pictures of 8 x 8, folding took 150 us and the pass 130; at the one above it 110 and 170.
+_WEIGHT_BY_NUMBER = 4
 
 
 def _modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -48,6 +52,13 @@ def _modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     if len(scale) > 1:
         return torch.addcmul(shift, channel_norm(x), scale)
     return channel_norm(x, scale.flatten(), shift.flatten())
+
+
+def _pool(u: Tensor) -> Tensor:
+    """The mean of each channel, (B, C, 1, 1), summed in float32."""
+    if u.device.type == "cpu":  # where `mean` copies u to float32 before; a pooling kernel of a GPU has too few threads
+        return F.avg_pool2d(u, u.shape[2:])
+    return u.mean((2, 3), keepdim=True)
 
 
 @functools.cache
@@ -127,19 +138,23 @@ class _Convolution:
 
     def folds(self, z: Tensor, scale: Tensor) -> bool:
         """Whether to multiply a scale (B, C', 1, 1) into the weights: one for all pictures, and cheaper than a pass."""
-        return z.device.type == "cpu" and len(scale) == 1 and self.weight.numel() < z.numel()
+        return z.device.type == "cpu" and len(scale) == 1 and _WEIGHT_BY_NUMBER * self.weight.numel() < z.numel()
 
-    def add_to(self, x: Tensor, z: Tensor, scale: Tensor) -> None:
-        """``x <- x + scale conv(z)``."""
+    def add_to(self, x: Tensor, z: Tensor) -> Tensor:
+        """``x <- x + conv(z)``, which is returned."""
+        return self._add_to(x, z, self._weight_for(z), self.bias)
+
+    def add_scaled_to(self, x: Tensor, z: Tensor, scale: Tensor) -> Tensor:
+        """``x <- x + scale conv(z)``, which is returned."""
         if not self.folds(z, scale):
-            x.addcmul_(self(z), scale)
-            return
+            return x.addcmul_(self(z), scale)
         scale = scale.flatten()
-        weight, bias = self.weight * scale[:, None, None, None], self.bias * scale
+        return self._add_to(x, z, self.weight * scale[:, None, None, None], self.bias * scale)
+
+    def _add_to(self, x: Tensor, z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         if not self.onednn:
-            x.add_(self._call(z, weight, bias))
-            return
-        torch.ops.mkldnn._convolution_pointwise_.binary(
+            return x.add_(self._call(z, weight, bias))
+        return torch.ops.mkldnn._convolution_pointwise_.binary(
             x, z, weight, bias, *self._geometry, "add", None, None, [], None
         )
 
@@ -182,12 +197,11 @@ class _FoldedBlock:
         if self.relaxed:
             x.lerp_(self.out(z), take)
         else:
-            self.out.add_to(x, z, take)
+            self.out.add_scaled_to(x, z, take)
 
         u = _modulated_norm(x, scale, shift)
-        pooled = self.pool_gate(u.mean((2, 3), keepdim=True)).sigmoid_()
-        self.project.add_to(x, self.depthwise(u).mul_(pooled), output)
-        return x
+        pooled = self.pool_gate(_pool(u)).sigmoid_()
+        return self.project.add_scaled_to(x, self.depthwise(u).mul_(pooled), output)
 
 
 class _FoldedJoin:
@@ -202,7 +216,7 @@ class _FoldedJoin:
         x = self.below(x)
         if self.scale > 1:
             x = F.interpolate(x, scale_factor=float(self.scale), mode="nearest")
-        return x.add_(self.skip(skip))
+        return self.skip.add_to(x, skip)
 
 
 class _Recording:
@@ -301,10 +315,10 @@ class CompiledVelocity:
         return torch.lerp(v_null, v_label, self.guidance)
 
     def _evaluate(self, x: Tensor, rows: Tensor) -> Tensor:
-        """As many pictures at a time as a CPU's cache holds; a GPU wants all at once, and recorded."""
+        """In parts that a CPU need not read from memory at every pass; a GPU wants all at once, and recorded."""
         if self.device.type == "cuda":
             return self._recorded(x, rows)
-        at_once = max(1, _CACHE_BYTES // (len(self.stem.bias) * x.shape[2] * x.shape[3] * x.element_size()))
+        at_once = max(1, _PART_BYTES // (len(self.stem.bias) * x.shape[2] * x.shape[3] * x.element_size()))
         if self.device.type != "cpu" or len(x) <= at_once:
             return self._forward(x, rows)
         parts = x.split(at_once)

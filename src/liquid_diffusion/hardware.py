@@ -13,9 +13,9 @@ from accelerate.utils import parse_flag_from_env
 
 from liquid_diffusion.errors import UserError
 
-# glibc's <malloc.h>: memory of at least this size comes from its own mapping; the heap's end is given back from this on
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_LARGEST_HEAP_BLOCK = 32 * 2**20
+# glibc's <malloc.h>: from how many free bytes on the heap's end is given back, -1 for never; how many blocks may have a
+# mapping of their own, which is given back with them
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 # Of processes for each other: one that has encoded its part waits for the slowest. One that died is noticed by the
 # launcher, whatever this says.
 _PATIENCE = timedelta(hours=12)
@@ -92,10 +92,10 @@ def keep_freed_memory() -> None:
     """Let what computes on the CPU use its freed memory again instead of giving it back to the kernel each step.
 
     Activations of some megabytes are else mapped, cleared and unmapped over and over, with thousands of page faults a
-    step (the test of this function counts them). It counts for the whole process: commands call it, and parts of the
-    library do not. Linux with glibc only; elsewhere nothing happens.
+    step. It counts for the whole process: commands call it, and parts of the library do not. Linux with glibc only;
+    elsewhere nothing happens.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, _LARGEST_HEAP_BLOCK)
-        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(_M_MMAP_MAX, 0)
+        libc.mallopt(_M_TRIM_THRESHOLD, -1)
