@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -292,10 +293,34 @@ def test_full_memory_is_said_in_one_sentence(tmp_path: Path, capsys: Capture, mo
     assert "take a smaller --batch-size" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Signals) -> None:
-    """A real process with workers that read, and a real signal, which a terminal sends to all of them; afterwards the
-    printed command goes on from the very step."""
+def signal_group(process: subprocess.Popen[str], number: signal.Signals) -> None:
+    """What a terminal and `timeout` do."""
+    os.killpg(process.pid, number)
+
+
+def signal_each(process: subprocess.Popen[str], number: signal.Signals) -> None:
+    """What systemd and SLURM do; the workers before the process, which is the harder order."""
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert workers
+    for worker in workers:
+        os.kill(int(worker), number)
+    time.sleep(0.5)
+    process.send_signal(number)
+
+
+@pytest.mark.parametrize(
+    ("number", "send"),
+    [
+        (signal.SIGINT, signal_group),
+        (signal.SIGTERM, signal_group),
+        pytest.param(signal.SIGTERM, signal_each, marks=pytest.mark.skipif(sys.platform != "linux", reason="/proc")),
+    ],
+)
+def test_ctrl_c_saves_and_says_how_to_go_on(
+    tmp_path: Path, number: signal.Signals, send: Callable[[subprocess.Popen[str], signal.Signals], None]
+) -> None:
+    """A real process with workers that read, and a real signal to all of them; afterwards the printed command goes on
+    from the very step."""
     out = tmp_path / "run"
     command = [sys.executable, "-m", "liquid_diffusion"]
     process = subprocess.Popen(
@@ -311,7 +336,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Signa
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        os.killpg(process.pid, number)
+        send(process, number)
         said, errors = process.communicate(timeout=120)
     finally:
         process.kill()

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
+from little_hub import LittleHub
 
 from liquid_diffusion.codecs import AutoencoderCodec, PixelCodec, load_vae, make_codec
 from liquid_diffusion.errors import UserError
@@ -104,6 +105,14 @@ def test_codec_from_a_folder_and_its_state(tmp_path: Path, kind: str) -> None:
     first, second = (c.encode(images, torch.Generator().manual_seed(0)) for c in (codec, again))
     torch.testing.assert_close(first, second)
     assert codec.decode(first).shape == images.shape
+
+
+def test_codec_of_a_folder_in_a_repository_of_the_hub(little_hub: LittleHub) -> None:
+    """As the autoencoders of whole pipelines lie there."""
+    vae = tiny_vae()
+    vae.save_pretrained(little_hub.repo("somebody/pipeline", "models") / "parts" / "vae")
+    loaded = load_vae("somebody/pipeline/parts/vae").state_dict()
+    torch.testing.assert_close(loaded, dict(vae.state_dict()), rtol=0, atol=0)
 
 
 def test_codecs_that_can_not_be_had(tmp_path: Path) -> None:

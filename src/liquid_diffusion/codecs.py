@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -228,23 +229,30 @@ class AutoencoderCodec(_Normalised):
             self.vae.to(before)
 
 
+def _hub_place(name: str) -> tuple[str, str | None]:
+    """A folder of this machine or the id of a repository of the Hub, and the folder within the latter, if any."""
+    within = None if Path(name).is_dir() else re.fullmatch(r"(\w[\w.-]*/[\w.-]+)/(.+)", name)
+    return (within[1], within[2]) if within else (name, None)
+
+
 def load_vae(name: str) -> AutoencoderKL | AutoencoderTiny:
-    """The autoencoder `sd-vae`, `taesd`, or of any Hub id or folder, in float32.
+    """The autoencoder `sd-vae`, `taesd`, or of a folder, a Hub id, or a folder of its repository (OWNER/NAME/vae), in
+    float32.
 
     Raises:
         UserError: it can't be had, or is neither an `AutoencoderKL` nor an `AutoencoderTiny`.
     """
-    source = HUB_NAMES.get(name, name)
+    source, subfolder = _hub_place(HUB_NAMES.get(name, name))
     classes: dict[str, type[AutoencoderKL] | type[AutoencoderTiny]]
     classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
     try:
         with patiently(), warnings.catch_warnings():
             # diffusers passes an argument that the client of the Hub does not want any more
             warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument")
-            kind = AutoencoderKL.load_config(source).get("_class_name")
+            kind = AutoencoderKL.load_config(source, subfolder=subfolder).get("_class_name")
             if kind not in classes:
                 raise UserError(f"The codec {name!r} is a {kind}; only AutoencoderKL and AutoencoderTiny are known.")
-            return classes[kind].from_pretrained(source, torch_dtype=torch.float32)
+            return classes[kind].from_pretrained(source, subfolder=subfolder, torch_dtype=torch.float32)
     except (OSError, SafetensorError, HFValidationError) as error:
         if Path(source).is_dir():
             raise UserError(f"The codec in {name} is damaged: {error}") from error

@@ -41,7 +41,9 @@ class TrainConfig:
     image_size: int | None = _option(None, "side of the square pictures (default: by data and machine)")
     model: str | None = _option(None, "nano, tiny, small or base (default: nano on a CPU, else tiny)")
     codec: str | None = _option(
-        None, "pixels, sd-vae, taesd, or Hub id or folder of an autoencoder (default: pixels up to 64, then sd-vae)"
+        None,
+        "pixels, sd-vae, taesd, or Hub id (with /FOLDER or without) or folder of an autoencoder (default: pixels up to "
+        "64, then sd-vae)",
     )
     steps: int | None = _option(None, "optimiser steps (default: by data and machine)")
     batch_size: int | None = _option(None, "pictures of an optimiser step on each device (default: by image size)")
@@ -157,7 +159,7 @@ class EncodeConfig:
     data: str = _option("emoji", "as for train --data")
     out: str | None = _option(None, "folder; what was begun there is gone on with (default: latents/DATA-SIZE)")
     image_size: int = _option(256, "side of the square pictures")
-    codec: str = _option("sd-vae", "sd-vae, taesd, or Hub id or folder of an autoencoder")
+    codec: str = _option("sd-vae", "sd-vae, taesd, or Hub id (with /FOLDER or without) or folder of an autoencoder")
     crop: Literal["center", "pad"] = _option("center", "center, or pad: the whole picture on white")
     buckets: bool = _option(False, "keep aspect ratios up to 1:2: a few shapes of about image_size^2 pixels")
     image_column: str | None = _option(None, "column of the pictures in a table (default: by the columns' types)")

@@ -37,7 +37,7 @@ from liquid_diffusion.data.sources import BadPictureError, Source, open_source, 
 from liquid_diffusion.data.split import split
 from liquid_diffusion.data.transforms import Shape, to_float, to_shape, to_uint8
 from liquid_diffusion.errors import UserError
-from liquid_diffusion.hardware import at_most_cores, leave_process_group, process_state
+from liquid_diffusion.hardware import at_most_cores, leave_ending_to_main_process, process_state
 from liquid_diffusion.presets import check_size, resolve_encoding
 from liquid_diffusion.writing import write_whole, writing_to
 
@@ -253,7 +253,7 @@ class Encoding:
             sampler=keys,
             batch_size=None,
             num_workers=at_most_cores(self.config.workers),
-            worker_init_fn=leave_process_group,
+            worker_init_fn=leave_ending_to_main_process,
         )
         batches = iter(loader)
         share = f" (part 1 of {state.num_processes})" if state.num_processes > 1 else ""

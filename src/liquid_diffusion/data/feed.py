@@ -18,7 +18,7 @@ from liquid_diffusion.data.sources import open_shards, open_source
 from liquid_diffusion.data.split import split
 from liquid_diffusion.data.stream import PictureStream
 from liquid_diffusion.errors import UserError
-from liquid_diffusion.hardware import at_most_cores, leave_process_group, process_state
+from liquid_diffusion.hardware import at_most_cores, leave_ending_to_main_process, process_state
 
 Feed = PictureDataset | LatentDataset | PictureStream
 
@@ -126,7 +126,7 @@ def open_batches(feed: Feed, batch_size: int, start: int, workers: int) -> Itera
             batch_sampler=order,
             collate_fn=collate,
             num_workers=0 if feed.in_memory else workers,
-            worker_init_fn=leave_process_group,
+            worker_init_fn=leave_ending_to_main_process,
             pin_memory=state.device.type == "cuda",
         )
     except UserError as error:  # a worker's comes with its traceback as its text, of which the last line is the error

@@ -27,7 +27,7 @@ from liquid_diffusion.data.sources import BadPictureError, decode
 from liquid_diffusion.data.split import is_held_out
 from liquid_diffusion.data.transforms import Shape, to_shape, to_uint8
 from liquid_diffusion.errors import UserError
-from liquid_diffusion.hardware import leave_process_group
+from liquid_diffusion.hardware import leave_ending_to_main_process
 
 # Lanes of a process: the places of the stream that one batch is taken from, and the most workers it can have.
 LANES = 4
@@ -281,7 +281,7 @@ class PictureStream(PictureFeed):
             _Parts(self, batch_size, start, rank, world),
             batch_size=None,
             num_workers=jobs,
-            worker_init_fn=leave_process_group,
+            worker_init_fn=leave_ending_to_main_process,
         )
         parts = iter(loader)
         if jobs:
