@@ -108,4 +108,4 @@ install: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv runs dist build site
+	rm -rf .venv dist build site

@@ -274,6 +274,14 @@ def test_resuming_wrongly(trained: Path, capsys: Capture) -> None:
     assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
 
 
+def test_memory_may_be_saved_when_a_run_goes_on(trained: Path, tmp_path: Path) -> None:
+    """By what is advised where the memory is full."""
+    out = tmp_path / "run"
+    shutil.copytree(trained, out)
+    assert run("train", *TINY, "--steps", "3", "--out", out, "--gradient-checkpointing", "true") == 0
+    assert (out / "checkpoints" / "step-000003").is_dir()
+
+
 def test_checkpoint_cut_short(tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "run"
     assert run("train", *TINY, "--steps", "1", "--out", out) == 0

@@ -13,10 +13,11 @@ from diffusers import AutoencoderKL
 from torch.profiler import ProfilerActivity, profile
 
 from liquid_diffusion.cli import main
-from liquid_diffusion.config import EncodeConfig, EstimateConfig
+from liquid_diffusion.config import EncodeConfig, EstimateConfig, TrainConfig
 from liquid_diffusion.errors import UserError
 from liquid_diffusion.estimate import SD_VAE, _autoencoder_on_fakes, estimate, largest_batch, moments, shortage
 from liquid_diffusion.models.unet import LiquidUNet
+from liquid_diffusion.resolve import resolve
 
 NANO = EstimateConfig(model="nano", image_size=64, batch_size=4, codec="pixels", num_classes=9)
 
@@ -27,6 +28,7 @@ def measured_peak(config: EstimateConfig) -> int:
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     channels, side = (12, config.image_size // 2) if config.codec == "pixels" else (4, config.image_size // 8)
+    assert config.batch_size is not None
     x, t = torch.randn(config.batch_size, channels, side, side), torch.rand(config.batch_size)
 
     def step() -> None:
@@ -121,11 +123,15 @@ def test_a_grid_may_be_the_peak(small_vae: AutoencoderKL, monkeypatch: pytest.Mo
 
 
 def test_the_encoding_before_a_training_may_be_the_peak(small_vae: AutoencoderKL) -> None:
-    """Of eight pictures, whatever the batch; held against a real one. There is no model yet."""
-    config = replace(NANO, codec="sd-vae", image_size=256, batch_size=1, cache_latents=True, precision="fp32")
+    """Of eight pictures at most, or as many as a step has; held against a real one. There is no model yet."""
+    config = replace(NANO, codec="sd-vae", image_size=256, batch_size=8, cache_latents=True, precision="fp32")
     found = estimate(config)
     with torch.no_grad():
         measured = peak_of(lambda: small_vae.encode(torch.randn(8, 3, 256, 256)))
+        of_two = peak_of(lambda: small_vae.encode(torch.randn(2, 3, 256, 256)))
+    few, many = (moments(replace(config, batch_size=n))[1]["encoding"]["encoding a batch"] for n in (2, 9))
+    assert few == pytest.approx(of_two, rel=0.1)
+    assert many == found.breakdown["encoding a batch"]
     assert set(found.breakdown) == {"vae", "encoding a batch", "workspaces"}
     assert found.breakdown["encoding a batch"] == pytest.approx(measured, rel=0.1)
 
@@ -155,6 +161,13 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert "image_size 100 can't be divided by 32" in capsys.readouterr().err
     with pytest.raises(UserError, match="gpu_memory must be above 0"):
         EstimateConfig(gpu_memory=0)
+
+
+@pytest.mark.parametrize("image_size", [64, 256])
+def test_where_nothing_is_said_it_is_of_what_train_would_do(image_size: int) -> None:
+    run = resolve(TrainConfig(image_size=image_size, model="nano"), "cuda")
+    said = EstimateConfig(model="nano", image_size=image_size, codec=run.codec, batch_size=run.batch_size)
+    assert estimate(EstimateConfig(model="nano", image_size=image_size)) == estimate(said)
 
 
 def test_shortage_is_told_with_the_batch_that_fits() -> None:

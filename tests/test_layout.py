@@ -20,6 +20,7 @@ FLOORS = {
     "bundle": 0,
     "model_index": 0,
     "presets": 0,
+    "resolve": 0,
     "codecs": 0,
     "flow": 0,
     "sampling": 0,

@@ -249,6 +249,29 @@ def test_offloaded_weights() -> None:
     torch.testing.assert_close(drawn, expected, atol=0.02, rtol=0)  # the other computes in bfloat16 where it can
 
 
+@pytest.mark.parametrize("class_labels", ["cat", None])
+def test_offloaded_weights_in_half_precision(class_labels: str | None) -> None:
+    """As diffusers' users load them; held against the same weights in float32."""
+    expected, halved = make(), make()
+    halved.unet.to(torch.bfloat16)
+    expected.unet.load_state_dict({name: value.float() for name, value in halved.unet.state_dict().items()})
+    cpu_offload(halved.unet, execution_device=torch.device("cpu"))
+    drawn, exact = (
+        p(2, class_labels, 2, 2.0, generator=seeded_generators(0, 2), output_type="pt").images
+        for p in (halved, expected)
+    )
+    torch.testing.assert_close(drawn, exact, atol=0.03, rtol=0)
+
+
+def test_classes_as_a_tensor() -> None:
+    pipeline = make()
+    wanted = pipeline.labels(["dog", "Cat", "dog"], 3)
+    assert wanted is not None
+    again = pipeline.labels(wanted, 3)
+    assert again is not None
+    assert again.tolist() == [1, 0, 1]
+
+
 def test_other_sizes() -> None:
     pipeline = make()
     assert pipeline(1, height=24, width=8, output_type="pt").images.shape == (1, 3, 24, 8)

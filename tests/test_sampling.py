@@ -20,7 +20,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from liquid_diffusion.config import SOLVERS, EvaluateConfig, SampleConfig
+from liquid_diffusion.config import MOST_SOLVER_STEPS, SOLVERS, EvaluateConfig, SampleConfig
 from liquid_diffusion.errors import UserError
 from liquid_diffusion.sampling import for_flow, guide, make_scheduler, sample_steps, seeded_generators, solver_times
 
@@ -136,6 +136,13 @@ def test_wrong_wishes_are_refused() -> None:
         make_scheduler("rk45")
     with pytest.raises(UserError, match="at least 1 step"):
         next(sample_steps(exact_velocity, torch.zeros(1, 1, 4, 4), make_scheduler(), 0))
+
+
+@pytest.mark.parametrize("solver", ["unipc", "dpm++"])
+def test_more_steps_than_a_scheduler_has_are_refused_before_the_first(solver: str) -> None:
+    assert len(solver_times(make_scheduler(solver), MOST_SOLVER_STEPS)) == MOST_SOLVER_STEPS
+    with pytest.raises(UserError, match="at most 900 steps, not 999"):
+        solver_times(make_scheduler(solver), 999)
 
 
 def test_one_solver_where_nothing_is_said() -> None:

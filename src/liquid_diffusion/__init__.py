@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from liquid_diffusion.config import SampleConfig, TrainConfig
     from liquid_diffusion.errors import UserError
+    from liquid_diffusion.loading import load_pipeline
     from liquid_diffusion.models.liquid import LiquidBlock, cfc_gate, liquid_relaxation
     from liquid_diffusion.models.unet import LiquidUNet
     from liquid_diffusion.pipeline import LiquidDiffusionPipeline
@@ -28,6 +29,7 @@ _HOMES = {
     "UserError": "errors",
     "cfc_gate": "models.liquid",
     "liquid_relaxation": "models.liquid",
+    "load_pipeline": "loading",
 }
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "__version__",
     "cfc_gate",
     "liquid_relaxation",
+    "load_pipeline",
 ]
 
 

@@ -25,7 +25,7 @@ from liquid_diffusion.config import (
     ShowConfig,
     TrainConfig,
 )
-from liquid_diffusion.errors import UserError
+from liquid_diffusion.errors import UserError, is_out_of_memory
 
 _EXAMPLES = """
 examples:
@@ -174,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would try to write the rest
         return 128 + 13  # as if SIGPIPE had ended it
     except RuntimeError as error:
-        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         way_out = {
             "train": "a smaller --batch-size or --image-size, or --gradient-checkpointing true",

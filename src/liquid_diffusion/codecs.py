@@ -22,7 +22,7 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from liquid_diffusion.errors import UserError
+from liquid_diffusion.errors import UserError, is_out_of_memory
 from liquid_diffusion.hardware import fastest_dtype
 from liquid_diffusion.patience import patiently
 
@@ -203,8 +203,8 @@ class AutoencoderCodec(_Normalised):
         """None when the memory is full; the failed try's own memory is free again when this has returned."""
         try:
             return self.vae.decode(z).sample
-        except RuntimeError as error:  # torch.OutOfMemoryError is one; MPS raises the plain one
-            if "out of memory" not in str(error):
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
                 raise
             return None
 

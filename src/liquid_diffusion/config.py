@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from liquid_diffusion.errors import UserError
 
 SOLVERS = ("unipc", "euler", "heun", "dpm++")
+STEPS = 25  # of a solver, where nothing is said
 SOLVER = "unipc"  # where nothing is said: nearer to converged at 25 steps than Euler, for the same 25 evaluations
 MOST_SOLVER_STEPS = 900  # diffusers' multistep schedulers have whole timesteps, from 999 on none for each
 GUIDANCE = 3.0  # where nothing is said: nearer to real pictures than 2, and classes as clear as theirs
@@ -27,6 +28,16 @@ def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+def _check_choices(config: object) -> None:
+    """What has a few values has one of them; the command line sees to it itself."""
+    for name, hint in get_type_hints(type(config)).items():
+        kinds = [kind for kind in (hint, *get_args(hint)) if get_origin(kind) is Literal]
+        choices = [choice for kind in kinds for choice in get_args(kind)]
+        value = getattr(config, name)
+        if choices and value not in choices and not (value is None and hint not in kinds):
+            raise UserError(f"{name} must be one of {', '.join(choices)}, not {value!r}.")
+
+
 def _check_val_fraction(value: float) -> None:
     if not 0 <= value < 1:
         raise UserError(f"val_fraction must be at least 0 and under 1, not {value}.")
@@ -34,7 +45,7 @@ def _check_val_fraction(value: float) -> None:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run. What is None is chosen by the machine and the data, see `presets.resolve`."""
+    """A training run. What is None is chosen by the machine and the data, see `resolve.resolve`."""
 
     data: str = _option("emoji", "a name that `datasets` lists, a Hub id, a folder, or parquet files")
     out: str | None = _option(None, "run folder; a folder with checkpoints is gone on with (default: runs/DATA-SIZE)")
@@ -93,6 +104,7 @@ class TrainConfig:
     hub_private: bool = _option(False, "a new repository on the Hub is private")
 
     def __post_init__(self) -> None:
+        _check_choices(self)
         _check_at_least_one(self, "image_size", "steps", "batch_size", "gradient_accumulation")
         _check_at_least_one(self, "checkpoint_every", "sample_every", "log_every")
         for name in ("cooldown", "label_dropout", "ema_decay"):
@@ -116,7 +128,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class RunConfig(TrainConfig):
-    """A training run in which nothing is left open; made by `presets.resolve`."""
+    """A training run in which nothing is left open; made by `resolve.resolve`."""
 
     out: str = ""
     image_size: int = 0
@@ -154,7 +166,7 @@ def _check_sampling(config: SampleConfig | EvaluateConfig) -> None:
 
 @dataclass(frozen=True)
 class EncodeConfig:
-    """Latents that are encoded once. What is None is chosen by the data, see `presets.resolve_encoding`."""
+    """Latents that are encoded once. What is None is chosen by the data, see `resolve.resolve_encoding`."""
 
     data: str = _option("emoji", "as for train --data")
     out: str | None = _option(None, "folder; what was begun there is gone on with (default: latents/DATA-SIZE)")
@@ -170,10 +182,16 @@ class EncodeConfig:
     workers: int = _option(2, "processes that read pictures")
 
     def __post_init__(self) -> None:
+        _check_choices(self)
         _check_at_least_one(self, "image_size", "batch_size")
         if self.workers < 0:
             raise UserError("workers can't be below 0.")
         _check_val_fraction(self.val_fraction)
+
+
+def encoded_at_once(batch_size: int) -> int:
+    """Pictures that a training encodes at once before it begins: fewer where its batch is, for want of memory."""
+    return min(EncodeConfig.batch_size, batch_size)
 
 
 @dataclass(frozen=True)
@@ -181,7 +199,7 @@ class SampleConfig:
     """Sampling from a run."""
 
     n: int = _option(16, "number of pictures")
-    steps: int = _option(25, "steps of the solver")
+    steps: int = _option(STEPS, "steps of the solver")
     solver: str = _option(SOLVER, ", ".join(SOLVERS))
     label: str | None = _option(None, "class, by name or number (default: all in turn)")
     guidance: float = _option(GUIDANCE, "classifier-free guidance where there are classes; 1 is none")
@@ -204,12 +222,16 @@ class EvaluateConfig:
     n: int = _option(1000, "number of samples")
     reference: str = _option("val", "real pictures: val (held out of the run), train, all, or another data set")
     features: str = _option("lite0", "lite0, inception, dinov2, or the folder of a DINOv2")
-    steps: int = _option(25, "steps of the solver")
+    steps: int = _option(STEPS, "steps of the solver")
     solver: str = _option(SOLVER, ", ".join(SOLVERS))
     guidance: float = _option(GUIDANCE, "classifier-free guidance where there are classes; 1 is none")
     seed: int = _option(0, "sample i has the seed SEED + i")
     batch_size: int = _option(64, "samples computed at once; it does not change them")
-    out: str = _option("metrics.json", "the figures; the pairs nearest to training pictures come beside it")
+    out: str | None = _option(
+        None,
+        "the figures, beside which come the pairs nearest to training pictures (default: metrics.json, in a run's own "
+        "folder)",
+    )
 
     def __post_init__(self) -> None:
         _check_sampling(self)
@@ -221,8 +243,8 @@ class EstimateConfig:
 
     model: str = _option("tiny", "nano, tiny, small or base")
     image_size: int = _option(256, "side of the square pictures")
-    batch_size: int = _option(8, "pictures of an optimiser step")
-    codec: str = _option("sd-vae", "pixels or sd-vae")
+    batch_size: int | None = _option(None, "pictures of an optimiser step (default: as train has it)")
+    codec: str | None = _option(None, "pixels or sd-vae (default: as train has it)")
     cache_latents: bool = _option(True, "train on cached latents: the autoencoder comes in for grids only")
     num_classes: int = _option(0, "number of classes")
     precision: Literal["bf16", "fp16", "fp32"] = _option("bf16", "arithmetic of the device")
@@ -231,10 +253,11 @@ class EstimateConfig:
     gpu_memory: float | None = _option(None, "GiB of a card, whose largest batch is asked for")
 
     def __post_init__(self) -> None:
+        _check_choices(self)
         _check_at_least_one(self, "image_size", "batch_size")
         if self.num_classes < 0:
             raise UserError(f"num_classes can't be below 0, not even {self.num_classes}.")
-        if self.codec not in ("pixels", "sd-vae"):
+        if self.codec not in (None, "pixels", "sd-vae"):
             raise UserError(f"An estimate knows the codecs pixels and sd-vae, not {self.codec!r}.")
         if self.gpu_memory is not None and self.gpu_memory <= 0:
             raise UserError(f"gpu_memory must be above 0, not {self.gpu_memory}.")
@@ -255,6 +278,7 @@ class ShowConfig:
     seed: int = _option(0, "of the order, the crops and the mirroring")
 
     def __post_init__(self) -> None:
+        _check_choices(self)
         _check_at_least_one(self, "image_size")
         _check_seed(self.seed)
 
@@ -266,6 +290,9 @@ class ExportConfig:
     to: Literal["diffusers", "onnx", "hub"] = _option("diffusers", "diffusers, onnx or hub")
     out: str = _option("exported", "a new or empty folder; for hub OWNER/NAME")
     private: bool = _option(False, "a new repository on the Hub is private")
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
 
 
 @dataclass(frozen=True)

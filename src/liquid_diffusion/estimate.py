@@ -22,11 +22,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 from tqdm import tqdm
 
-from liquid_diffusion.config import EncodeConfig, EstimateConfig, RunConfig
+from liquid_diffusion.config import EstimateConfig, RunConfig, encoded_at_once
 from liquid_diffusion.errors import UserError
 from liquid_diffusion.flow import flow_loss
 from liquid_diffusion.models.unet import LiquidUNet
-from liquid_diffusion.presets import FACTORS
+from liquid_diffusion.resolve import FACTORS, resolve_estimate
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Of a card's memory, what the CUDA context and the allocator's gaps leave.
@@ -101,14 +101,14 @@ def _autocast(dtype: torch.dtype) -> Iterator[None]:
 
 
 @functools.lru_cache
-def _train_on_fakes(config: EstimateConfig, channels: int, side: int) -> tuple[int, dict[str, int]]:
-    """Parameters of the model, and what forward and backward hold at their peak."""
+def _train_on_fakes(config: EstimateConfig, batch: int, channels: int, side: int) -> tuple[int, dict[str, int]]:
+    """Parameters of the model, and what forward and backward of a batch hold at their peak."""
     dtype = _DTYPES[config.precision]
     model = LiquidUNet.from_preset(config.model, channels, config.num_classes)
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    x = torch.randn(config.batch_size, channels, side, side)
-    t = torch.rand(config.batch_size)
+    x = torch.randn(batch, channels, side, side)
+    t = torch.rand(batch)
     tracker = _PeakTracker()
     tracker.track_external(model)
     with tracker:
@@ -139,13 +139,16 @@ def moments(config: EstimateConfig) -> tuple[int, dict[str, dict[str, int]]]:
     Raises:
         UserError: as for `estimate`.
     """
+    config = resolve_estimate(config)
+    assert config.codec is not None
+    assert config.batch_size is not None
     factor, channels = FACTORS[config.codec], 12 if config.codec == "pixels" else 4
     multiple = 4 * factor
     if config.image_size % multiple:
         raise UserError(f"image_size {config.image_size} can't be divided by {multiple}.")
     on_device = replace(config, cache_latents=False, ema_on_cpu=False, gpu_memory=None)  # what does not matter here
     with FakeTensorMode(allow_non_fake_inputs=True):
-        parameters, peak = _train_on_fakes(on_device, channels, config.image_size // factor)
+        parameters, peak = _train_on_fakes(on_device, config.batch_size, channels, config.image_size // factor)
     state = {
         "weights": 4 * parameters,
         "optimiser": 8 * parameters,  # two moments of the fused AdamW; Muon keeps one for its part
@@ -163,7 +166,7 @@ def moments(config: EstimateConfig) -> tuple[int, dict[str, dict[str, int]]]:
     vae, decoding = _autoencoder_on_fakes(False, 1, config.image_size, bf16)  # a grid is decoded picture by picture
     grid = {**state, "vae": vae, "decoding a grid": decoding}
     if config.cache_latents:
-        _, encoding = _autoencoder_on_fakes(True, EncodeConfig.batch_size, config.image_size, bf16)
+        _, encoding = _autoencoder_on_fakes(True, encoded_at_once(config.batch_size), config.image_size, bf16)
         # all is encoded before there is a model
         first = {"vae": vae, "encoding a batch": encoding, "workspaces": _WORKSPACES}
         return parameters, {"step": {**state, **step}, "grid": grid, "encoding": first}
@@ -263,6 +266,7 @@ def shortage_of_run(run: RunConfig, num_classes: int, mixed_precision: str, free
 
 def report(config: EstimateConfig, as_json: bool = False) -> str:
     """The estimate in words, or as JSON with peak_bytes, parameters and breakdown."""
+    config = resolve_estimate(config)
     found = estimate(config)
     batch = None if config.gpu_memory is None else largest_batch(config, config.gpu_memory)
     if as_json:

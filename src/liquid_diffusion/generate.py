@@ -70,7 +70,7 @@ def generate(run: str | None, config: SampleConfig) -> str:
     Raises:
         UserError: the run, the class or the place is wrong.
     """
-    out = Path(config.out)
+    out = Path(config.out).expanduser()
     grid = out.suffix.lower() in _GRID_ENDINGS
     if config.nearest and not grid:
         raise UserError(f"The nearest pictures come as one grid: give --out a name that ends in .png, not {out}.")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-import signal
-import threading
 from datetime import timedelta
 
 import torch
@@ -73,27 +71,6 @@ def at_most_cores(processes: int) -> int:
     return min(processes, cores)
 
 
-def leave_ending_to_main_process(_worker: int = 0) -> None:
-    """What a worker of a data loader begins with.
-
-    A signal that ends a run goes to the whole group, from a terminal or from `timeout`, or to each of its processes,
-    from systemd or SLURM. What it ends is the main process's to decide, which finishes its step with what the workers
-    read, saves, and ends them itself.
-    """
-    if hasattr(os, "setpgrp"):  # not on Windows
-        os.setpgrp()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS; only there it is told who sent a signal
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=_end_by_main_process, args=[os.getppid()], daemon=True).start()
-
-
-def _end_by_main_process(main: int) -> None:
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != main:
-        pass
-    os._exit(0)
-
-
 def free_memory(device: torch.device) -> int | None:
     """Bytes of a CUDA card that this process may still take or has taken already; None for other devices."""
     if device.type != "cuda":
@@ -105,8 +82,8 @@ def keep_freed_memory() -> None:
     """Let what computes on the CPU use its freed memory again instead of giving it back to the kernel each step.
 
     Activations of some megabytes are else mapped, cleared and unmapped over and over, with thousands of page faults a
-    step. It counts for the whole process: commands call it, and parts of the library do not. Linux with glibc only;
-    elsewhere nothing happens.
+    step. It counts for the whole process: what takes one over, a command or a training, calls it. Linux with glibc
+    only; elsewhere nothing happens.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from liquid_diffusion.codecs import AutoencoderCodec, Codec, PixelCodec
 from liquid_diffusion.compile import compile_for_sampling
-from liquid_diffusion.config import GUIDANCE
+from liquid_diffusion.config import GUIDANCE, STEPS
 from liquid_diffusion.data.transforms import to_pil
 from liquid_diffusion.errors import UserError
 from liquid_diffusion.model_index import INDEX, complete, with_own_classes
@@ -104,7 +104,10 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
         """
         source = str(pretrained_model_name_or_path)
         if "__bundle__" not in vars(cls):  # the class in a bundle knows no model's class, and is loaded with trust
-            if not Path(source).is_dir():
+            if Path(source).is_dir():
+                if not (Path(source) / INDEX).is_file():
+                    raise UserError(f"{source} is no pipeline: it has no {INDEX}.")
+            else:
                 of_the_hub = ("revision", "token", "cache_dir", "force_download", "local_files_only")
                 wanted = {name: kwargs.pop(name) for name in of_the_hub if name in kwargs}
                 # what it is first: the weights of another kind of model may be many gigabytes
@@ -168,7 +171,7 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
         trained = self.config["image_size"]
         return (trained, trained) if isinstance(trained, int) else (trained[0], trained[1])
 
-    def labels(self, class_labels: Sequence[str | int] | str | int | None, batch_size: int) -> Tensor | None:
+    def labels(self, class_labels: Sequence[str | int] | Tensor | str | int | None, batch_size: int) -> Tensor | None:
         """Class names or numbers as (batch_size,) int64; one stands for all, None takes all classes in turn.
 
         A string that is the name of a class is that class, also where the names are numbers.
@@ -181,6 +184,8 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
             if class_labels is not None:
                 raise UserError("This model has no classes.")
             return None
+        if isinstance(class_labels, Tensor):
+            class_labels = class_labels.tolist()
         if class_labels is None:
             class_labels = [i % len(names) for i in range(batch_size)]
         elif isinstance(class_labels, str | int):
@@ -229,8 +234,8 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
     def __call__(
         self,
         batch_size: int = 1,
-        class_labels: Sequence[str | int] | str | int | None = None,
-        num_inference_steps: int = 25,
+        class_labels: Sequence[str | int] | Tensor | str | int | None = None,
+        num_inference_steps: int = STEPS,
         guidance_scale: float = GUIDANCE,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
@@ -313,7 +318,7 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
         self,
         noise: Tensor,
         labels: Tensor | None = None,
-        num_inference_steps: int = 25,
+        num_inference_steps: int = STEPS,
         guidance_scale: float = GUIDANCE,
     ) -> Generator[SampleStep, Tensor | None, None]:
         """The way from noise to data, one evaluation of the model at a time.
@@ -339,7 +344,11 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
 
     def _velocity(self, times: list[float], labels: Tensor | None, guidance: float) -> Velocity:
         if hasattr(self.unet, "_hf_hook"):  # offloaded weights are on the device only while the model is called
-            return guide(self.unet, labels, self.unet.config["num_classes"], guidance)
+
+            def unet(x: Tensor, *condition: Tensor) -> Any:
+                return self.unet(x.to(self.unet.dtype), *condition)
+
+            return guide(unet, labels, self.unet.config["num_classes"], guidance)
         dtype = None if self.unet.dtype == torch.float32 else self.unet.dtype
         return compile_for_sampling(self.unet, times, labels, guidance, dtype)
 

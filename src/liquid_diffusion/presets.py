@@ -1,21 +1,11 @@
-"""The four sizes of the model, and what a training run takes where nothing is said."""
+"""The four sizes of the model."""
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Callable
-from dataclasses import asdict, replace
-from pathlib import Path
-from typing import Any
 
-from liquid_diffusion.config import EncodeConfig, RunConfig, TrainConfig, UNetConfig
+from liquid_diffusion.config import UNetConfig
 from liquid_diffusion.errors import UserError
-
-FACTORS = {"pixels": 2, "sd-vae": 8}  # pixels a side for one latent, of the codecs known by name before they are made
-# nano saves 50 ms in each on two cores, where compiling takes 40 s; tiny, with the block of before, 60 ms on an H100,
-# where it took 36
-_STEPS_TO_COMPILE_FOR = 1000
-_DOWNSCALE = 4  # of every preset: each of its stages but the last one halves height and width
 
 
 def nano() -> UNetConfig:
@@ -37,7 +27,7 @@ def small() -> UNetConfig:
 
 
 def base() -> UNetConfig:
-    """155 M parameters."""
+    """156 M parameters."""
     return UNetConfig(widths=(128, 256, 512), depths=(2, 4, 8), condition_channels=1088)
 
 
@@ -53,81 +43,3 @@ def preset(name: str) -> UNetConfig:
     if name not in PRESETS:
         raise UserError(f"There is no model {name!r}; choose from {', '.join(PRESETS)}.")
     return PRESETS[name]()
-
-
-def check_size(image_size: int, codec: str, factor: int) -> int:
-    """What the sides of pictures must be divisible by, for a codec of some factor and any preset.
-
-    Raises:
-        UserError: `image_size` is not.
-    """
-    multiple = factor * _DOWNSCALE
-    if image_size % multiple:
-        raise UserError(
-            f"image_size {image_size} can't be divided by {multiple}, which the codec {codec} and the "
-            f"model need; the next that can is {(image_size // multiple + 1) * multiple}."
-        )
-    return multiple
-
-
-def resolve(config: TrainConfig, device: str) -> RunConfig:
-    """A training run with everything decided that was left open, for a device type: cpu, mps or cuda.
-
-    A GPU gets larger pictures and a larger model; so the default run takes minutes on either.
-
-    Raises:
-        UserError: there is no such model.
-    """
-    cpu = device == "cpu"
-    emoji = config.data == "emoji"
-    image_size = config.image_size or ((32 if cpu else 64) if emoji else (64 if cpu else 256))
-    codec = config.codec or ("pixels" if image_size <= 64 else "sd-vae")
-    model = config.model or ("nano" if cpu else "tiny")
-    preset(model)
-    # far better pictures of as many images (docs/ablations-before.md); not tried with the larger ones
-    optimizer = config.optimizer or ("muon" if model == "nano" else "adamw")
-    steps = config.steps or ((2000 if cpu else 4000) if emoji else (4000 if cpu else 20000))
-    decided: dict[str, Any] = {
-        "data": _place(config.data),
-        "out": config.out or f"runs/{_name(config.data)}-{image_size}",
-        "image_size": image_size,
-        "codec": codec,
-        "model": model,
-        "steps": steps,
-        "batch_size": config.batch_size or (64 if codec == "pixels" else 16),
-        # nano by Muon, 2,000 steps on a split of the benchmark's pictures, one seed: 4e-3 comes to a kernel distance of
-        # .362, 8e-3 to .340, at the same loss. By AdamW 2e-3 was the best of three. The larger ones have a usual rate
-        # for their size, not measured.
-        "lr": config.lr or ((8e-3 if optimizer == "muon" else 2e-3) if model == "nano" else 3e-4),
-        "optimizer": optimizer,
-        # not for many shapes, each of which is compiled for itself
-        "compile": device in ("cpu", "cuda") and steps >= _STEPS_TO_COMPILE_FOR and not config.buckets
-        if config.compile is None
-        else config.compile,
-        "cache_latents": codec != "pixels" and config.crop != "random" and not config.streaming
-        if config.cache_latents is None
-        else config.cache_latents,
-        "flip": _flip(config.data, config.flip),
-    }
-    return RunConfig(**{**asdict(config), **decided})
-
-
-def _place(data: str) -> str:
-    """A folder, file or pattern of files of this machine by its whole path, so that it is found from any folder."""
-    path = Path(data).expanduser()
-    return str(path.resolve()) if data != "emoji" and (path.exists() or glob.has_magic(data)) else data
-
-
-def _flip(data: str, wanted: bool | None) -> bool:
-    return data != "emoji" if wanted is None else wanted
-
-
-def _name(data: str) -> str:
-    path = Path(data).expanduser().resolve()
-    return (path.parent if "*" in path.name else path).name
-
-
-def resolve_encoding(config: EncodeConfig) -> EncodeConfig:
-    """An encoding in which nothing is left open."""
-    out = config.out or f"latents/{_name(config.data)}-{config.image_size}"
-    return replace(config, data=_place(config.data), out=out, flip=_flip(config.data, config.flip))

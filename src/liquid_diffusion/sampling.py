@@ -21,7 +21,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from liquid_diffusion.config import SOLVER, SOLVERS
+from liquid_diffusion.config import MOST_SOLVER_STEPS, SOLVER, SOLVERS, STEPS
 from liquid_diffusion.errors import UserError
 from liquid_diffusion.flow import predicted_data
 
@@ -125,10 +125,12 @@ def solver_times(scheduler: SchedulerMixin, steps: int, device: torch.device | s
     """Set a scheduler to some steps, and tell the times in [0, 1] at which it will ask for the velocity.
 
     Raises:
-        UserError: there is no step.
+        UserError: there is no step, or more than the scheduler has.
     """
     if steps < 1:
         raise UserError(f"A sample needs at least 1 step, not {steps}.")
+    if steps > MOST_SOLVER_STEPS and "use_flow_sigmas" in scheduler.config:
+        raise UserError(f"{type(scheduler).__name__} takes at most {MOST_SOLVER_STEPS} steps, not {steps}.")
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         # its own spacing spends the last step between t = 0.001 and 0
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps).tolist(), device=device)
@@ -140,7 +142,7 @@ def solver_times(scheduler: SchedulerMixin, steps: int, device: torch.device | s
 
 @torch.no_grad()
 def sample_steps(
-    velocity: Velocity, noise: Tensor, scheduler: SchedulerMixin, steps: int = 25
+    velocity: Velocity, noise: Tensor, scheduler: SchedulerMixin, steps: int = STEPS
 ) -> Generator[SampleStep, Tensor | None, None]:
     """Integrate from noise at t = 1 to data at t = 0, yielding after every evaluation of the velocity.
 

@@ -46,13 +46,17 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a picture in the format that its name ends in.
+    """Write a picture aside, in the format that its name ends in, and put it in the place of the one before.
 
     Raises:
         UserError: there is no such format, it takes no picture as large, or the place can't be written to.
     """
+    partial = path.with_name(f".partial-{path.name}")  # hidden: no grid, and no picture of a folder
     with writing_to(path):
         try:
-            picture.save(path)
+            picture.save(partial)
+            os.replace(partial, path)
         except ValueError as error:
             raise UserError(f"{path} can't be written: {first_line(error)}.") from error
+        finally:
+            partial.unlink(missing_ok=True)

@@ -15,13 +15,13 @@ from scipy import stats
 from liquid_diffusion.codecs import AutoencoderCodec, PixelCodec, make_codec
 from liquid_diffusion.config import EncodeConfig, RunConfig, TrainConfig
 from liquid_diffusion.data import encode as encoding
-from liquid_diffusion.data.encode import encode
+from liquid_diffusion.data.encode import encode, encoding_of
 from liquid_diffusion.data.latents import LatentDataset
 from liquid_diffusion.data.pictures import PictureDataset
 from liquid_diffusion.data.sources import open_source
 from liquid_diffusion.data.transforms import to_float
 from liquid_diffusion.errors import UserError
-from liquid_diffusion.presets import resolve
+from liquid_diffusion.resolve import resolve
 
 
 @pytest.fixture
@@ -91,6 +91,12 @@ def test_fresh_latents_have_the_posterior_of_diffusers(folder: Path, run: Run, p
     assert not torch.equal(drawn[0], drawn[1])
     again = latents.to_latents(epochs, codec, torch.Generator().manual_seed(0))
     assert torch.equal(again, drawn)
+
+
+@pytest.mark.parametrize(("batch_size", "at_once"), [(16, 8), (8, 8), (2, 2)])
+def test_a_small_batch_encodes_few_at_once(run: Run, tmp_path: Path, batch_size: int, at_once: int) -> None:
+    """Whose memory holds few pictures of a step may not hold eight in the autoencoder."""
+    assert encoding_of(run(batch_size=batch_size), tmp_path).batch_size == at_once
 
 
 def test_latents_are_normalised_over_the_set(folder: Path, run: Run) -> None:

@@ -79,6 +79,15 @@ def test_padding_keeps_the_whole_picture_on_white() -> None:
     assert (padded[[0, 3]] == 255).all()
 
 
+@pytest.mark.parametrize(("size", "lines"), [((1200, 8), (1, 64)), ((8, 1200), (64, 1)), ((1, 1), (64, 64))])
+def test_padding_keeps_the_thinnest_picture(size: tuple[int, int], lines: tuple[int, int]) -> None:
+    """What would come out less than a pixel thick is one pixel thick."""
+    pixels = np.asarray(to_shape(Image.new("RGB", size, "black"), (64, 64), "pad"))
+    black = (pixels == 0).all(-1)
+    assert (black.any(1).sum(), black.any(0).sum()) == lines
+    assert (pixels[~black] == 255).all()
+
+
 def test_random_crops_are_parts_of_the_picture() -> None:
     """A picture whose colours are its coordinates tells what was cut out: 0.8 to 1 of the largest, anywhere in it."""
     height, width = 60, 200

@@ -82,6 +82,13 @@ def test_evaluate(run: Path, tmp_path: Path, capsys: Capture) -> None:
     assert "real" not in everything
 
 
+def test_figures_lie_where_the_model_card_looks_for_them(run: Path, capsys: Capture) -> None:
+    assert main(["evaluate", str(run), "--n", "10", "--steps", "1"]) == 0
+    assert f"Written to {run}/metrics.json." in capsys.readouterr().out
+    for name in ("metrics.json", "metrics-nearest.png"):
+        (run / name).unlink()
+
+
 def test_a_run_that_knows_its_pictures_by_heart(run: Path, tmp_path: Path, capsys: Capture) -> None:
     """A model whose samples are training pictures: the decoder is made to return them."""
     known = pictures_of_run(run, 16, 16)

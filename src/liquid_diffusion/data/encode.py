@@ -30,15 +30,16 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from liquid_diffusion.codecs import AutoencoderCodec, Codec, make_codec
-from liquid_diffusion.config import EncodeConfig, RunConfig, TrainConfig
+from liquid_diffusion.config import EncodeConfig, RunConfig, TrainConfig, encoded_at_once
+from liquid_diffusion.data.parallel import leave_ending_to_main_process
 from liquid_diffusion.data.pictures import choose_shapes
 from liquid_diffusion.data.shapes import bucket_shapes
 from liquid_diffusion.data.sources import BadPictureError, Source, open_source, same_setting
 from liquid_diffusion.data.split import split
 from liquid_diffusion.data.transforms import Shape, to_float, to_shape, to_uint8
 from liquid_diffusion.errors import UserError
-from liquid_diffusion.hardware import at_most_cores, leave_ending_to_main_process, process_state
-from liquid_diffusion.presets import check_size, resolve_encoding
+from liquid_diffusion.hardware import at_most_cores, process_state
+from liquid_diffusion.resolve import check_size, resolve_encoding
 from liquid_diffusion.writing import write_whole, writing_to
 
 MANIFEST = "manifest.json"
@@ -64,7 +65,8 @@ def settings(config: EncodeConfig | RunConfig, codec: AutoencoderCodec) -> dict[
 def encoding_of(run: RunConfig, folder: Path) -> EncodeConfig:
     """The encoding whose latents a training is done on."""
     names = {field.name for field in fields(EncodeConfig)} - {"out", "batch_size"}
-    return EncodeConfig(**{name: getattr(run, name) for name in names}, out=str(folder))
+    batch_size = encoded_at_once(run.batch_size)
+    return EncodeConfig(**{name: getattr(run, name) for name in names}, out=str(folder), batch_size=batch_size)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -125,7 +127,7 @@ class Encoding:
     Making one does all that can fail because of what a person said; nothing is written.
 
     Args:
-        config: what to encode and where to, as `presets.resolve_encoding` gives it.
+        config: what to encode and where to, as `resolve.resolve_encoding` gives it.
         codec: the autoencoder that `config.codec` names.
         state: this process among others; its device computes.
 

@@ -12,13 +12,14 @@ from liquid_diffusion.codecs import Codec
 from liquid_diffusion.config import RunConfig
 from liquid_diffusion.data.encode import Encoding, encoding_of, is_whole
 from liquid_diffusion.data.latents import LatentDataset
+from liquid_diffusion.data.parallel import leave_ending_to_main_process
 from liquid_diffusion.data.pictures import BucketedBatches, PictureDataset, collate
 from liquid_diffusion.data.shapes import bucket_shapes
 from liquid_diffusion.data.sources import open_shards, open_source
 from liquid_diffusion.data.split import split
 from liquid_diffusion.data.stream import PictureStream
 from liquid_diffusion.errors import UserError
-from liquid_diffusion.hardware import at_most_cores, leave_ending_to_main_process, process_state
+from liquid_diffusion.hardware import at_most_cores, process_state
 
 Feed = PictureDataset | LatentDataset | PictureStream
 
@@ -130,4 +131,5 @@ def open_batches(feed: Feed, batch_size: int, start: int, workers: int) -> Itera
             pin_memory=state.device.type == "cuda",
         )
     except UserError as error:  # a worker's comes with its traceback as its text, of which the last line is the error
-        raise UserError(str(error).strip().splitlines()[-1].partition("UserError: ")[-1] or str(error)) from error
+        said = str(error).strip().splitlines()[-1].partition(f"{type(error).__name__}: ")[-1]
+        raise type(error)(said or str(error)) from error

@@ -16,6 +16,7 @@ from liquid_diffusion.codecs import AutoencoderCodec, Codec
 from liquid_diffusion.config import RunConfig
 from liquid_diffusion.data.encode import PIXELS_NEED_NO_CACHE, read_manifest, settings
 from liquid_diffusion.data.pictures import IN_MEMORY_BYTES, Item, is_mirrored
+from liquid_diffusion.data.ranged import SourceLostError
 from liquid_diffusion.data.sources import same_setting
 from liquid_diffusion.data.transforms import Shape
 from liquid_diffusion.errors import UserError
@@ -98,7 +99,7 @@ class LatentDataset(Dataset[Item]):
                 with safe_open(path, "pt") as file:
                     self._mapped[number] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             except (OSError, SafetensorError) as error:
-                raise UserError(f"{path} is damaged; run `liquid-diffusion encode` again.") from error
+                raise SourceLostError(f"{path} is damaged; run `liquid-diffusion encode` again.") from error
         return self._mapped[number]
 
     def __getitem__(self, key: tuple[int, int]) -> Item:

@@ -14,6 +14,8 @@ from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
 from liquid_diffusion.codecs import Codec
+from liquid_diffusion.data.parallel import map_in_threads
+from liquid_diffusion.data.ranged import SourceLostError
 from liquid_diffusion.data.shapes import nearest_shape, size_of
 from liquid_diffusion.data.sources import BadPictureError, Source
 from liquid_diffusion.data.transforms import Shape, to_float, to_shape, to_uint8
@@ -138,14 +140,22 @@ class PictureDataset(PictureFeed, Dataset[Item]):
         self.indices, self._shape_of = [index for index, _ in good], [shape for _, shape in good]
 
     def _decode_all(self) -> None:
-        decoded, good = [], []
-        chosen = zip(self.indices, self._shape_of, strict=True)
-        for index, shape in tqdm(chosen, "Reading pictures", len(self), unit="picture", leave=False, delay=2):
+        def read(key: tuple[int, int]) -> tuple[Tensor, int] | BadPictureError:
             try:
-                decoded.append(self._read(index, shape))
-                good.append((index, shape))
+                return self._read(*key)
             except BadPictureError as error:
-                self.skipped.append(str(error))
+                return error
+
+        decoded, good = [], []
+        keys = list(zip(self.indices, self._shape_of, strict=True))
+        every = map_in_threads(read, keys)
+        bar = tqdm(every, "Reading pictures", len(keys), unit="picture", leave=False, delay=2)
+        for key, found in zip(keys, bar, strict=True):
+            if isinstance(found, BadPictureError):
+                self.skipped.append(str(found))
+            else:
+                decoded.append(found)
+                good.append(key)
         self._keep(good)
         self._decoded = decoded
 
@@ -166,7 +176,7 @@ class PictureDataset(PictureFeed, Dataset[Item]):
                 return {"image": image, "label": label, "skipped": skipped}
             except BadPictureError as error:
                 skipped.append(str(error))
-        raise UserError(f"Not one of the {len(self)} pictures can be read; the first: {skipped[0]}.")
+        raise SourceLostError(f"Not one of the {len(self)} pictures can be read; the first: {skipped[0]}.")
 
     def spread(self, count: int, batch_size: int) -> Iterator[Tensor]:
         """See `PictureFeed.spread`: `count` pictures at equal distances, or all if there are fewer."""
@@ -193,14 +203,23 @@ def choose_shapes(
     Returns:
         (number in the source, number of the shape) of each picture whose header can be read; the names of the others.
     """
-    good, skipped = [], []
-    for index in tqdm(indices, desc="Reading sizes", unit="picture", leave=False, delay=2):
+
+    def shape_of(index: int) -> int | str:
         try:
-            good.append((index, nearest_shape(size_of(source.content(index)), shapes)))
+            return nearest_shape(size_of(source.content(index)), shapes)
         except BadPictureError as error:
-            skipped.append(str(error))
+            return str(error)
         except Exception as error:  # a decoder may raise anything: struct.error, RuntimeError, ...
-            skipped.append(f"{source.name(index)}: {error}")
+            return f"{source.name(index)}: {error}"
+
+    good, skipped = [], []
+    every = map_in_threads(shape_of, indices)
+    bar = tqdm(every, "Reading sizes", len(indices), unit="picture", leave=False, delay=2)
+    for index, found in zip(indices, bar, strict=True):
+        if isinstance(found, str):
+            skipped.append(found)
+        else:
+            good.append((index, found))
     return good, skipped
 
 

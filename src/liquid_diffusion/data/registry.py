@@ -157,8 +157,8 @@ def describe(as_json: bool = False) -> str:
     notes = [f"{facts.name}: {facts.note}" for facts in DATASETS if facts.note]
     own = [
         "--data takes these names and ids; NAME@OWNER/NAME reads a copy under another id; or your own: a folder, which",
-        "goes before a name (sub-folders become classes), parquet files, a folder of save_to_disk, any Hub id with",
-        "pictures.",
+        "goes before any name but emoji (sub-folders become classes), parquet files, a folder of save_to_disk, any Hub",
+        "id with pictures.",
         "liquid-diffusion datasets show SOURCE --out grid.png draws what a model would be fed.",
     ]
     return "\n".join([*lines, "", *notes, "", *own])

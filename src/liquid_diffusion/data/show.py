@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from liquid_diffusion.config import ShowConfig, TrainConfig
 from liquid_diffusion.data.registry import describe, find_facts
 from liquid_diffusion.errors import UserError
-from liquid_diffusion.presets import FACTORS, check_size, resolve
+from liquid_diffusion.resolve import FACTORS, check_size, resolve
 from liquid_diffusion.writing import save_picture, writing_to
 
 if TYPE_CHECKING:  # the table of data sets comes at once
@@ -82,7 +82,7 @@ def show(source: str, config: ShowConfig) -> str:
     shown = [row + [row[0].new_full(row[0].shape, 255)] * (_COLUMNS - len(row)) for row in on_grey]
     kept = [feed.label_names[number] for number in numbers] if feed.label_names else []
     sheet = draw_grid([to_pil(to_float(image)[None])[0] for image in itertools.chain(*shown)], _COLUMNS, kept)
-    out = Path(config.out)
+    out = Path(config.out).expanduser()
     with writing_to(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     save_picture(sheet, out)

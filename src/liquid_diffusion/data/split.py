@@ -6,6 +6,7 @@ import hashlib
 
 from tqdm import tqdm
 
+from liquid_diffusion.data.parallel import map_in_threads
 from liquid_diffusion.data.sources import BadPictureError, Source
 from liquid_diffusion.errors import UserError
 
@@ -33,16 +34,18 @@ def split(source: Source, fraction: float) -> tuple[list[int], list[int]]:
     """
     if fraction == 0:
         return list(range(len(source))), []
+
+    def chosen(index: int) -> bool:
+        try:
+            return is_held_out(source.content(index), fraction)
+        except BadPictureError:
+            return False
+
     train: list[int] = []
     held_out: list[int] = []
-    for index in tqdm(range(len(source)), desc="Splitting", unit="picture", leave=False, delay=2):
-        try:
-            content = source.content(index)
-        except BadPictureError:
-            train.append(index)
-            continue
-        chosen = is_held_out(content, fraction)
-        (held_out if chosen else train).append(index)
+    every = map_in_threads(chosen, range(len(source)))
+    for index, held in enumerate(tqdm(every, "Splitting", len(source), unit="picture", leave=False, delay=2)):
+        (held_out if held else train).append(index)
     if not train:
         raise UserError(f"All {len(source)} pictures are held out; train with a smaller --val-fraction.")
     return train, held_out

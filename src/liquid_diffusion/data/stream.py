@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from liquid_diffusion.data.parallel import leave_ending_to_main_process
 from liquid_diffusion.data.pictures import PictureFeed, is_mirrored, stable_hash
 from liquid_diffusion.data.ranged import SourceLostError
 from liquid_diffusion.data.shards import Chunk, Rows, Shards
@@ -27,7 +28,6 @@ from liquid_diffusion.data.sources import BadPictureError, decode
 from liquid_diffusion.data.split import is_held_out
 from liquid_diffusion.data.transforms import Shape, to_shape, to_uint8
 from liquid_diffusion.errors import UserError
-from liquid_diffusion.hardware import leave_ending_to_main_process
 
 # Lanes of a process: the places of the stream that one batch is taken from, and the most workers it can have.
 LANES = 4

@@ -48,6 +48,9 @@ def to_shape(image: Image.Image, shape: Shape, crop: str = "center", draws: rand
     """
     height, width = shape
     if crop == "pad":
+        # what is so thin that nothing of it would be left is kept as thick as one pixel
+        thick = max(image.width, -(-image.height // height)), max(image.height, -(-image.width // width))
+        image = image if thick == image.size else image.resize(thick)
         return ImageOps.pad(image, (width, height), Image.Resampling.LANCZOS, color="white")
     if crop == "center" or draws is None:
         return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)

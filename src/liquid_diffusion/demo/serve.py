@@ -20,9 +20,9 @@ import yaml
 from diffusers.utils.logging import disable_progress_bar
 from PIL import Image
 
-from liquid_diffusion.config import GUIDANCE, SOLVERS, DemoConfig, SampleConfig
+from liquid_diffusion.config import GUIDANCE, SOLVER, SOLVERS, STEPS, DemoConfig, SampleConfig
 from liquid_diffusion.demo import drawing, page
-from liquid_diffusion.errors import UserError
+from liquid_diffusion.errors import UserError, is_out_of_memory
 from liquid_diffusion.hardware import keep_freed_memory, process_state
 from liquid_diffusion.history import grids, loss_curve
 from liquid_diffusion.loading import find_run, load_pipeline
@@ -65,7 +65,7 @@ def _with_messages(gr: Any, work: Callable[..., Any]) -> Callable[..., Iterator[
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from None
         except RuntimeError as error:
-            if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            if not is_out_of_memory(error):
                 raise
             raise gr.Error("The memory is full; ask for fewer pictures.") from error
 
@@ -219,8 +219,8 @@ class Demo:
             0, 8, GUIDANCE if classes else 1.0, step=0.1, label="Guidance", visible=classes,
             info="1 is none; more is clearer and less varied",
         )  # fmt: skip
-        steps = gr.Slider(1, drawing.MOST_STEPS, 25, step=1, label="Steps")
-        solver = gr.Dropdown(list(SOLVERS), value=SOLVERS[0], label="Solver")
+        steps = gr.Slider(1, drawing.MOST_STEPS, STEPS, step=1, label="Steps")
+        solver = gr.Dropdown(list(SOLVERS), value=SOLVER, label="Solver")
         return [label, seed, steps, guidance, solver]
 
     def _draw_tab(self, gr: Any, wish: list[Any]) -> None:

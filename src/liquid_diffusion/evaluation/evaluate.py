@@ -22,7 +22,7 @@ from liquid_diffusion.evaluation.features import extract, make_features
 from liquid_diffusion.evaluation.memorisation import WORST_PAIRS, Nearness, draw_pairs
 from liquid_diffusion.evaluation.metrics import LEAST_PICTURES, LinearClassifier, compare, nearest_rows
 from liquid_diffusion.evaluation.nearest import nearest_pictures
-from liquid_diffusion.evaluation.reference import CachedFeatures, RunPictures, labels_of, pictures_of_run
+from liquid_diffusion.evaluation.reference import CachedFeatures, RunPictures, labels_of, pictures_of_run, settings_of
 from liquid_diffusion.evaluation.report import table
 from liquid_diffusion.hardware import keep_freed_memory, process_state
 from liquid_diffusion.history import last_step
@@ -68,7 +68,8 @@ def _thinned(dataset: PictureDataset, most: int = _LARGEST_REFERENCE) -> Picture
 
 def _reference(name: str, known: RunPictures | None, shape: Shape, run: str) -> PictureDataset:
     if name not in ("val", "train", "all"):
-        return _thinned(PictureDataset(open_source(name), max(shape), shapes=[shape]))
+        crop = known.train.crop if known else "center"
+        return _thinned(PictureDataset(open_source(name), max(shape), crop=crop, shapes=[shape]))
     if known is None:
         raise UserError(
             f"{run} does not say what it was trained on: give real pictures by --reference, a folder or a data set."
@@ -156,7 +157,7 @@ def measure(run: str | None, config: EvaluateConfig) -> tuple[dict[str, Any], Im
     facts: dict[str, Any] = {
         "run": folder,
         "step": last_step(Path(folder).expanduser()),
-        "samples": asdict(config),
+        "samples": {name: value for name, value in asdict(config).items() if name != "out"},
         "reference_pictures": len(reference),
         **compare(real, features),
     }
@@ -174,13 +175,21 @@ def measure(run: str | None, config: EvaluateConfig) -> tuple[dict[str, Any], Im
     return facts, pairs
 
 
+def _place(run: str | None, config: EvaluateConfig) -> Path:
+    """Where the figures go: into the folder of a run, where the model card looks for them, or into this one."""
+    if config.out is not None:
+        return Path(config.out).expanduser()
+    folder = settings_of(run).parent if run is not None and settings_of(run).is_file() else Path()
+    return folder / "metrics.json"
+
+
 def evaluate(run: str | None, config: EvaluateConfig, as_json: bool = False) -> str:
-    """Measure a run, write `config.out` and the picture of nearest pairs beside it; says the figures.
+    """Measure a run, write the figures and beside them the picture of nearest pairs; says the figures.
 
     Raises:
         UserError: see `measure`; or the place can't be written to.
     """
-    out = Path(config.out).expanduser()
+    out = _place(run, config)
     with writing_to(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         fresh = not out.exists()

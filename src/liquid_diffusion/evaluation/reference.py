@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from liquid_diffusion.data.parallel import map_in_threads
 from liquid_diffusion.data.pictures import PictureDataset
 from liquid_diffusion.data.sources import open_source
 from liquid_diffusion.data.split import split
@@ -33,13 +35,18 @@ class RunPictures:
     held_out: PictureDataset | None
 
 
+def settings_of(run: str | Path) -> Path:
+    """Where a run folder says what it was trained on."""
+    return Path(run).expanduser() / "config.yaml"
+
+
 def pictures_of_run(run: str | Path, height: int, width: int) -> RunPictures | None:
     """The pictures of a run folder in one shape; None where the folder does not say what it was trained on.
 
     Raises:
         UserError: the data can't be had any more.
     """
-    settings = Path(run).expanduser() / "config.yaml"
+    settings = settings_of(run)
     if not settings.is_file():
         return None
     try:
@@ -62,7 +69,7 @@ def pictures_of_run(run: str | Path, height: int, width: int) -> RunPictures | N
 
 def labels_of(dataset: PictureDataset) -> Tensor:
     """(N,) int64."""
-    return torch.tensor([dataset.picture(i)["label"] for i in range(len(dataset))])
+    return torch.tensor([picture["label"] for picture in map_in_threads(dataset.picture, range(len(dataset)))])
 
 
 def cache_folder() -> Path:
@@ -119,6 +126,6 @@ class CachedFeatures:
 
 
 def _blocks(dataset: PictureDataset) -> Iterator[Tensor]:
-    for start in range(0, len(dataset), _BLOCK):
-        stop = min(start + _BLOCK, len(dataset))
-        yield torch.stack([dataset.picture(i)["image"] for i in range(start, stop)])
+    pictures = map_in_threads(dataset.picture, range(len(dataset)))
+    while block := list(itertools.islice(pictures, _BLOCK)):
+        yield torch.stack([picture["image"] for picture in block])

@@ -28,6 +28,8 @@ def hidden_width(channels: int, ratio: float) -> int:
 class LiquidUNet(ModelMixin, ConfigMixin):
     """U-Net of liquid blocks; call and output are those of diffusers' `UNet2DModel`.
 
+    The presets are made by `from_preset`; what is left out here is a small model, and none of them.
+
     Args:
         in_channels: channels of the sample and of the predicted velocity.
         num_classes: labels 0 to num_classes - 1; num_classes itself is the null label. 0 for an unconditional model.

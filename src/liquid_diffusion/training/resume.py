@@ -16,7 +16,7 @@ from liquid_diffusion.errors import UserError
 # the machine's facts: saying it is how a run begun in fp16 goes on where bf16 would be chosen.
 _FREE = frozenset(
     ("out", "steps", "lr", "checkpoint_every", "sample_every", "log_every", "workers", "cache_latents", "ema_on_cpu")
-) | {"compile", "precision", "push_to_hub", "hub_private"}
+) | {"gradient_checkpointing", "compile", "precision", "push_to_hub", "hub_private"}
 
 
 def machine_facts(accelerator: Accelerator) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from liquid_diffusion.config import RunConfig
 from liquid_diffusion.data.stream import PictureStream
-from liquid_diffusion.errors import UserError
+from liquid_diffusion.errors import UserError, is_out_of_memory
 from liquid_diffusion.models.unet import LiquidUNet
 from liquid_diffusion.training.optimizer import channel_mixers, condition_weights, optimizer_of
 
@@ -88,7 +88,7 @@ class TrainingState:
             self.accelerator.load_state(str(folder))
             averaged = torch.load(folder / "ema.pt", map_location="cpu", weights_only=True)
         except (UnpicklingError, RuntimeError, ValueError, SafetensorError) as error:
-            if "out of memory" in str(error):
+            if is_out_of_memory(error):
                 raise
             raise UserError(
                 f"The checkpoint {folder} is damaged, or was written by another version of this package: delete it to "

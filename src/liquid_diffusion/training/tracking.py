@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -59,14 +60,18 @@ class MetricsLog:
 
 
 class StopRequest:
-    """Ctrl-C and SIGTERM as a wish that is looked at between two steps; a second Ctrl-C stops at once."""
+    """Ctrl-C and SIGTERM as a wish that is looked at between two steps; a second Ctrl-C stops at once.
+
+    Python gives signals to the main thread alone: in another one there is nothing to ask.
+    """
 
     def __init__(self) -> None:
         self.wanted = False
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        main = threading.current_thread() is threading.main_thread()
+        for number in (signal.SIGINT, signal.SIGTERM) if main else ():
             self._before[number] = signal.signal(number, self._ask)
         return self
 

@@ -29,8 +29,8 @@ from liquid_diffusion.grid import draw_grid
 from liquid_diffusion.hardware import choose_precision, free_memory, keep_freed_memory, process_state
 from liquid_diffusion.models.unet import LiquidUNet
 from liquid_diffusion.pipeline import LiquidDiffusionPipeline, draw_in_batches
-from liquid_diffusion.presets import FACTORS, check_size, resolve
 from liquid_diffusion.publish import prepare, publish
+from liquid_diffusion.resolve import FACTORS, check_size, resolve
 from liquid_diffusion.sampling import make_scheduler
 from liquid_diffusion.training.checkpoint import CheckpointFolder
 from liquid_diffusion.training.compilation import compile_blocks
@@ -62,7 +62,7 @@ class Trainer:
     its own.
 
     Args:
-        config: the run; what is None in it is decided by `presets.resolve`.
+        config: the run; what is None in it is decided by `resolve.resolve`.
 
     Raises:
         UserError: the data, the codec or the size can't be had, or the run folder belongs to another run.
@@ -89,7 +89,7 @@ class Trainer:
         self.dataset: Feed
         self.held_out: int | None
         if run.cache_latents:
-            self.dataset, self.held_out = open_latents(run, self.codec, lambda: self.folder.begin(run))
+            self.dataset, self.held_out = open_latents(run, self.codec, self._begin)
         else:
             self.dataset, self.held_out = open_pictures(run, multiple)
         set_seed(run.seed, device_specific=True)  # now: opening the data may have drawn, or not
@@ -107,16 +107,20 @@ class Trainer:
         self.step = 0
         if found is not None:
             self._load(*found)
-        if run.push_to_hub:
-            prepare(run.push_to_hub, run.hub_private)
         if self.accelerator.is_main_process and not self.finished:
-            self.folder.begin(run)
+            self._begin()
             self.folder.note_skipped(self.dataset.skipped, self.dataset.total)
         self.accelerator.wait_for_everyone()
         if found is None:
             slow = isinstance(self.codec, AutoencoderCodec) and device.type == "cpu"
             count = _FIT_PICTURES_CPU_VAE if slow else _FIT_PICTURES
             self.dataset.fit_codec(self.codec, count, min(16, run.batch_size))
+
+    def _begin(self) -> None:
+        """See that the Hub will take the run, and write its configuration; before anything that takes hours."""
+        if self.config.push_to_hub:
+            prepare(self.config.push_to_hub, self.config.hub_private)
+        self.folder.begin(self.config)
 
     # ---- what run this is
 

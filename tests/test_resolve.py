@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from liquid_diffusion.config import EncodeConfig, TrainConfig
-from liquid_diffusion.presets import resolve, resolve_encoding
+from liquid_diffusion.resolve import resolve, resolve_encoding
 
 
 def test_a_gpu_gets_more_than_a_cpu() -> None:
@@ -72,6 +72,11 @@ def test_the_learning_rate_is_that_of_the_optimizer(model: str, optimizer: Any, 
 def test_own_pictures() -> None:
     config = resolve(TrainConfig(data="/a/my_photos", image_size=256), "cuda")
     assert (config.codec, config.flip, config.out) == ("sd-vae", True, "runs/my_photos-256")
+
+
+def test_runs_of_tables_have_their_names() -> None:
+    for data, out in (("/a/pets.parquet", "runs/pets-64"), ("/a/pets/*.parquet", "runs/pets-64")):
+        assert resolve(TrainConfig(data=data, image_size=64), "cpu").out == out
 
 
 def test_what_was_said_stays() -> None:

@@ -1,0 +1,59 @@
+"""Pictures read by several cores at once: by threads, and by the workers of a data loader."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+from liquid_diffusion.hardware import at_most_cores
+
+_MOST_THREADS = 16
+_AHEAD = 4  # results for each thread that may wait to be taken
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """`map` in as many threads as there are cores, in order; a few results are held ahead of the one that is taken.
+
+    Files are read, Pillow decodes and hashlib digests while other threads of Python go on.
+    """
+    threads = at_most_cores(_MOST_THREADS)
+    waiting: deque[Future[Result]] = deque()
+    pool = ThreadPoolExecutor(threads)
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > _AHEAD * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def leave_ending_to_main_process(_worker: int = 0) -> None:
+    """What a worker of a data loader begins with.
+
+    A signal that ends a run goes to the whole group, from a terminal or from `timeout`, or to each of its processes,
+    from systemd or SLURM. What it ends is the main process's to decide, which finishes its step with what the workers
+    read, saves, and ends them itself.
+    """
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS; only there it is told who sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_by_main_process, args=[os.getppid()], daemon=True).start()
+
+
+def _end_by_main_process(main: int) -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != main:
+        pass
+    os._exit(0)
