@@ -12,6 +12,10 @@ STEPS = 25  # of a solver, where nothing is said
 SOLVER = "unipc"  # where nothing is said: nearer to converged at 25 steps than Euler, for the same 25 evaluations
 MOST_SOLVER_STEPS = 900  # diffusers' multistep schedulers have whole timesteps, from 999 on none for each
 GUIDANCE = 3.0  # where nothing is said: nearer to real pictures than 2, and classes as clear as theirs
+_GUIDANCE = (
+    f"classifier-free guidance where there are classes; 1 is none (default: {GUIDANCE:g}, or 1 if it was trained with "
+    "--label-dropout 0)"
+)
 
 
 @dataclass(frozen=True)
@@ -76,9 +80,7 @@ class TrainConfig:
     )
     ema_decay: float = _option(0.999, "decay of the averaged weights, reached after its own warm-up")
     ema_on_cpu: bool = _option(False, "keep the averaged weights in the computer's memory, to save the card's")
-    label_dropout: float = _option(
-        0.1, "share of labels hidden in training, which makes guidance possible; after 0 sample with --guidance 1"
-    )
+    label_dropout: float = _option(0.1, "share of labels hidden in training, which makes guidance possible")
     time_sampling: Literal["logit-normal", "uniform"] = _option("logit-normal", "distribution of the training times")
     time_shift: float = _option(1.0, "above 1 moves the training times towards noise")
     crop: Literal["center", "random", "pad"] = _option(
@@ -202,7 +204,7 @@ class SampleConfig:
     steps: int = _option(STEPS, "steps of the solver")
     solver: str = _option(SOLVER, ", ".join(SOLVERS))
     label: str | None = _option(None, "class, by name or number (default: all in turn)")
-    guidance: float = _option(GUIDANCE, "classifier-free guidance where there are classes; 1 is none")
+    guidance: float | None = _option(None, _GUIDANCE)
     seed: int = _option(0, "picture i has the seed SEED + i")
     batch_size: int = _option(64, "pictures computed at once; it does not change them")
     height: int | None = _option(None, "in pixels (default: as it was trained)")
@@ -224,7 +226,7 @@ class EvaluateConfig:
     features: str = _option("lite0", "lite0, inception, dinov2, or the folder of a DINOv2")
     steps: int = _option(STEPS, "steps of the solver")
     solver: str = _option(SOLVER, ", ".join(SOLVERS))
-    guidance: float = _option(GUIDANCE, "classifier-free guidance where there are classes; 1 is none")
+    guidance: float | None = _option(None, _GUIDANCE)
     seed: int = _option(0, "sample i has the seed SEED + i")
     batch_size: int = _option(64, "samples computed at once; it does not change them")
     out: str | None = _option(

@@ -58,6 +58,7 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
         codec: `Codec.state` of the codec that the model was trained with; None for pixels as they are.
         label_names: names of the classes, in their order or by their numbers; None for an unconditional model.
         image_size: side of the square pictures it was trained on, or their height and width.
+        guidance: classifier-free guidance where nothing is said; 1 for a model that never saw the null label.
     """
 
     _optional_components = ["vae"]
@@ -75,13 +76,15 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
         codec: dict[str, Any] | None = None,
         label_names: list[str] | dict[str, str] | None = None,
         image_size: int | Sequence[int] = 32,
+        guidance: float = GUIDANCE,
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
         codec = dict(codec or PixelCodec().state())
         if isinstance(label_names, dict):
             label_names = [label_names[str(i)] for i in range(len(label_names))]
-        self.register_to_config(codec=codec, label_names=list(label_names or []), image_size=image_size)
+        names = list(label_names or [])
+        self.register_to_config(codec=codec, label_names=names, image_size=image_size, guidance=guidance)
         self._interrupt = False
 
     # ---- saving and loading
@@ -211,7 +214,7 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
         self,
         batch_size: int,
         steps: int,
-        guidance_scale: float,
+        guidance_scale: float | None,
         generator: torch.Generator | list[torch.Generator] | None,
         output_type: str,
         callback_inputs: Sequence[str],
@@ -220,7 +223,7 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
         for name, value in (("batch_size", batch_size), ("num_inference_steps", steps)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UserError(f"{name} must be a whole number of at least 1, not {value!r}.")
-        if not math.isfinite(guidance_scale):
+        if guidance_scale is not None and not math.isfinite(guidance_scale):
             raise UserError(f"guidance_scale must be a number, not {guidance_scale}.")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise UserError(f"{len(generator)} generators were given for {batch_size} pictures.")
@@ -236,7 +239,7 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
         batch_size: int = 1,
         class_labels: Sequence[str | int] | Tensor | str | int | None = None,
         num_inference_steps: int = STEPS,
-        guidance_scale: float = GUIDANCE,
+        guidance_scale: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -251,7 +254,7 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
             batch_size: how many.
             class_labels: names or numbers of classes, one for all or one for each; None takes all in turn.
             num_inference_steps: steps of the solver.
-            guidance_scale: classifier-free guidance where there are classes; 1 is none.
+            guidance_scale: classifier-free guidance where there are classes; 1 is none, None the model's own.
             generator: one generator, or one for each picture: then a picture does not depend on the others.
             output_type: "pil"; "np" (B, H, W, 3) or "pt" (B, 3, H, W), both in [0, 1]; or "latent".
             return_dict: False for a tuple.
@@ -319,7 +322,7 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
         noise: Tensor,
         labels: Tensor | None = None,
         num_inference_steps: int = STEPS,
-        guidance_scale: float = GUIDANCE,
+        guidance_scale: float | None = None,
     ) -> Generator[SampleStep, Tensor | None, None]:
         """The way from noise to data, one evaluation of the model at a time.
 
@@ -327,14 +330,15 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
             noise: (B, C, h, w), see `noise`.
             labels: (B,) int64 as `labels` makes them; None for the null label.
             num_inference_steps: steps of the solver.
-            guidance_scale: classifier-free guidance where there are classes; 1 is none.
+            guidance_scale: classifier-free guidance where there are classes; 1 is none, None the model's own.
 
         Yields:
             A `SampleStep` for each evaluation; its `x` and `x0` are what `codec.decode` makes pictures of. What is
             sent back, if anything, takes the place of `x`.
         """
         times = self._times(num_inference_steps, noise.device)
-        velocity = self._velocity(times, labels, guidance_scale)
+        scale = self.config["guidance"] if guidance_scale is None else guidance_scale
+        velocity = self._velocity(times, labels, scale)
         return sample_steps(velocity, noise, self.scheduler, num_inference_steps)
 
     def _times(self, steps: int, device: torch.device | str) -> list[float]:

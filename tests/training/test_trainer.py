@@ -145,6 +145,7 @@ def test_grids_are_guided_where_the_null_label_was_learnt(quick: Make, label_dro
         }
     equal = {scale: np.array_equal(np.asarray(grid), np.asarray(picture)) for scale, picture in expected.items()}
     assert equal == {1.0: guidance == 1.0, 3.0: guidance == 3.0}
+    assert trainer.pipeline().config["guidance"] == guidance  # which `sample` and all others take
 
 
 def test_ema_follows_its_warm_up(quick: Make) -> None:

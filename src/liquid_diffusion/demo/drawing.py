@@ -76,7 +76,7 @@ def check(pipeline: LiquidDiffusionPipeline, config: SampleConfig) -> None:
         raise UserError(f"At most {most} pictures of this size can be drawn at once, not {config.n}.")
     if config.steps > MOST_STEPS:
         raise UserError(f"At most {MOST_STEPS} steps can be taken, not {config.steps}.")
-    if not 0 <= config.guidance <= MOST_GUIDANCE:  # a NaN is refused too
+    if config.guidance is not None and not 0 <= config.guidance <= MOST_GUIDANCE:  # a NaN is refused too
         raise UserError(f"The guidance must lie between 0 and {MOST_GUIDANCE:g}, not {config.guidance:g}.")
 
 

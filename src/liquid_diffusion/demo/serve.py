@@ -20,7 +20,7 @@ import yaml
 from diffusers.utils.logging import disable_progress_bar
 from PIL import Image
 
-from liquid_diffusion.config import GUIDANCE, SOLVER, SOLVERS, STEPS, DemoConfig, SampleConfig
+from liquid_diffusion.config import SOLVER, SOLVERS, STEPS, DemoConfig, SampleConfig
 from liquid_diffusion.demo import drawing, page
 from liquid_diffusion.errors import UserError, is_out_of_memory
 from liquid_diffusion.hardware import keep_freed_memory, process_state
@@ -216,7 +216,7 @@ class Demo:
         another = gr.Button("Another seed", size="sm")
         another.click(lambda: random.randrange(2**16), None, seed, api_visibility="private", queue=False)
         guidance = gr.Slider(
-            0, 8, GUIDANCE if classes else 1.0, step=0.1, label="Guidance", visible=classes,
+            0, 8, self.pipeline.config["guidance"] if classes else 1.0, step=0.1, label="Guidance", visible=classes,
             info="1 is none; more is clearer and less varied",
         )  # fmt: skip
         steps = gr.Slider(1, drawing.MOST_STEPS, STEPS, step=1, label="Steps")

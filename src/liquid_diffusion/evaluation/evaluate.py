@@ -150,6 +150,7 @@ def measure(run: str | None, config: EvaluateConfig) -> tuple[dict[str, Any], Im
     if names:
         same = reference.label_names == names
         labels = spread_labels(labels_of(reference) if same else torch.arange(len(names)), config.n, config.seed)
+    guidance = pipeline.config["guidance"] if config.guidance is None else config.guidance
     samples = draw_samples(pipeline, labels, config)
     batches = tqdm(samples.split(32), desc="Features of samples", unit="batch", leave=False, delay=2)
     features = extract(extractor, batches, device)
@@ -157,7 +158,7 @@ def measure(run: str | None, config: EvaluateConfig) -> tuple[dict[str, Any], Im
     facts: dict[str, Any] = {
         "run": folder,
         "step": last_step(Path(folder).expanduser()),
-        "samples": {name: value for name, value in asdict(config).items() if name != "out"},
+        "samples": {name: value for name, value in asdict(config).items() if name != "out"} | {"guidance": guidance},
         "reference_pictures": len(reference),
         **compare(real, features),
     }

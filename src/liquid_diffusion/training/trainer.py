@@ -199,6 +199,7 @@ class Trainer:
             codec=self.codec.state(),
             label_names=self.dataset.label_names,
             image_size=height if height == width else [height, width],
+            guidance=GUIDANCE if self.config.label_dropout else 1.0,  # a null label never seen guides nowhere
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
@@ -362,11 +363,10 @@ class Trainer:
         names = self.dataset.label_names
         rows = len(names[:10]) or 4
         labels = [row for row in range(rows) for _ in range(_GRID_COLUMNS)] if names else None
-        guidance = GUIDANCE if self.config.label_dropout else 1.0  # a null label that was never seen guides nowhere
         self.training_step.release()  # the autoencoder may want its memory
         with self.state.averaged(), self.codec.on(self.accelerator.device):
             # as many at once as a step has room for
             count, batch_size = rows * _GRID_COLUMNS, self.config.batch_size
-            batches = draw_in_batches(self.pipeline(), labels, count, batch_size, guidance_scale=guidance)
+            batches = draw_in_batches(self.pipeline(), labels, count, batch_size)
             images = list(itertools.chain.from_iterable(batches))
         return self.folder.save_samples(draw_grid(images, _GRID_COLUMNS, row_names=names[:rows]), self.step)
