@@ -216,6 +216,26 @@ def test_any_flow_scheduler_by_from_config() -> None:
         pipeline(1)
 
 
+def test_a_scheduler_that_draws_does_so_by_the_generators_of_the_pictures() -> None:
+    pipeline = make()
+    pipeline.scheduler = DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++")
+
+    def drawn(seed: int, count: int) -> torch.Tensor:
+        torch.randn(3)  # another state of the generator of all
+        return pipeline(count, "cat", 6, generator=seeded_generators(seed, count), output_type="pt").images
+
+    torch.testing.assert_close(drawn(0, 1), drawn(0, 1), atol=0, rtol=0)
+    torch.testing.assert_close(drawn(0, 2)[1:], drawn(1, 1), atol=1e-2, rtol=0)  # in bfloat16 where that is fast
+    assert not torch.equal(drawn(0, 1), drawn(1, 1))
+
+
+def test_times_that_depend_on_the_size_are_refused() -> None:
+    pipeline = make()
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    with pytest.raises(UserError, match="use_dynamic_shifting=False"):
+        pipeline(1, "cat", 2)
+
+
 def test_dtype_progress_and_vae_switches(capsys: pytest.CaptureFixture[str]) -> None:
     pipeline = make(vae=small_vae())
     expected = pipeline(1, "cat", 2, generator=seeded_generators(0, 1), output_type="pt").images

@@ -277,7 +277,7 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
         labels = self.labels(class_labels, batch_size)
         x = self.noise(batch_size, generator, height, width)
         total = len(self._times(num_inference_steps, "cpu"))
-        walk = self.steps(x, labels, num_inference_steps, guidance_scale)
+        walk = self.steps(x, labels, num_inference_steps, guidance_scale, generator)
         self._interrupt, replaced = False, None
         with self.progress_bar(total=total) as bar:
             for _ in range(total):
@@ -323,6 +323,7 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
         labels: Tensor | None = None,
         num_inference_steps: int = STEPS,
         guidance_scale: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> Generator[SampleStep, Tensor | None, None]:
         """The way from noise to data, one evaluation of the model at a time.
 
@@ -331,6 +332,7 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
             labels: (B,) int64 as `labels` makes them; None for the null label.
             num_inference_steps: steps of the solver.
             guidance_scale: classifier-free guidance where there are classes; 1 is none, None the model's own.
+            generator: one, or one for each picture, of a scheduler that draws on the way.
 
         Yields:
             A `SampleStep` for each evaluation; its `x` and `x0` are what `codec.decode` makes pictures of. What is
@@ -339,7 +341,7 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
         times = self._times(num_inference_steps, noise.device)
         scale = self.config["guidance"] if guidance_scale is None else guidance_scale
         velocity = self._velocity(times, labels, scale)
-        return sample_steps(velocity, noise, self.scheduler, num_inference_steps)
+        return sample_steps(velocity, noise, self.scheduler, num_inference_steps, generator)
 
     def _times(self, steps: int, device: torch.device | str) -> list[float]:
         """When the solver will ask; one that does not integrate flows is set right first."""

@@ -68,8 +68,13 @@ def for_flow(scheduler: SchedulerMixin) -> SchedulerMixin:
     configuration of a flow scheduler does not speak of what only they have to be told.
 
     Raises:
-        UserError: there is no flow in it.
+        UserError: there is no flow in it, or one whose times depend on the size of a picture.
     """
+    if scheduler.config.get("use_dynamic_shifting"):
+        raise UserError(
+            "A scheduler with use_dynamic_shifting asks how large a picture is, which changes nothing here; give "
+            "use_dynamic_shifting=False to its from_config."
+        )
     kind, config = type(scheduler), scheduler.config
     known = inspect.signature(kind).parameters
     if "use_flow_sigmas" in known:
@@ -142,7 +147,11 @@ def solver_times(scheduler: SchedulerMixin, steps: int, device: torch.device | s
 
 @torch.no_grad()
 def sample_steps(
-    velocity: Velocity, noise: Tensor, scheduler: SchedulerMixin, steps: int = STEPS
+    velocity: Velocity,
+    noise: Tensor,
+    scheduler: SchedulerMixin,
+    steps: int = STEPS,
+    generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> Generator[SampleStep, Tensor | None, None]:
     """Integrate from noise at t = 1 to data at t = 0, yielding after every evaluation of the velocity.
 
@@ -151,6 +160,7 @@ def sample_steps(
         noise: (B, C, H, W), standard normal.
         scheduler: any of diffusers' flow schedulers; its state is reset.
         steps: steps of the solver; heun evaluates 2 steps - 1 times, the others once a step.
+        generator: one, or one for each picture, of a scheduler that draws on the way; the four solvers do not.
 
     Yields:
         A `SampleStep` for each evaluation; the last one's `x` is the sample. What is sent back, if anything, takes
@@ -158,10 +168,11 @@ def sample_steps(
     """
     schedule = solver_times(scheduler, steps, noise.device)
     x, total = noise, len(schedule)
+    draws = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     for index, (t, timestep) in enumerate(zip(schedule, scheduler.timesteps, strict=True)):
         times = torch.full((len(x),), t, device=x.device)
         v = velocity(x, times).to(x.dtype)
         x0 = predicted_data(x, v, times)
-        x = scheduler.step(v, timestep, x, return_dict=False)[0]
+        x = scheduler.step(v, timestep, x, return_dict=False, **draws)[0]
         replaced = yield SampleStep(index, total, t, x, x0)
         x = x if replaced is None else replaced

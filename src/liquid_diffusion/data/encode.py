@@ -39,7 +39,7 @@ from liquid_diffusion.data.split import split
 from liquid_diffusion.data.transforms import Shape, to_float, to_shape, to_uint8
 from liquid_diffusion.errors import UserError
 from liquid_diffusion.hardware import at_most_cores, process_state
-from liquid_diffusion.resolve import check_size, resolve_encoding
+from liquid_diffusion.resolve import FACTORS, check_size, resolve_encoding
 from liquid_diffusion.writing import write_whole, writing_to
 
 MANIFEST = "manifest.json"
@@ -352,6 +352,8 @@ def encode(config: EncodeConfig) -> None:
     """
     state = process_state()
     asked, config = config, resolve_encoding(config)
+    if config.codec in FACTORS:  # before an autoencoder is loaded, which may have to be downloaded
+        check_size(config.image_size, config.codec, FACTORS[config.codec])
     encoding = Encoding(config, make_codec(config.codec), state)
     if not encoding.finished:
         state.print(encoding.summary())
