@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +16,9 @@ from liquid_diffusion.hardware import at_most_cores
 
 _MOST_THREADS = 16
 _AHEAD = 4  # results for each thread that may wait to be taken
+# What takes less than a millisecond is slower in threads, which wait for each other: on two cores 1,898 emoji took 0.80 s
+# in place of 0.36, a photograph of 12 megapixels 14 ms in place of 26.
+_TRIED, _WORTH_A_THREAD = 8, 1e-3
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -22,8 +27,16 @@ Result = TypeVar("Result")
 def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """`map` in as many threads as there are cores, in order; a few results are held ahead of the one that is taken.
 
-    Files are read, Pillow decodes and hashlib digests while other threads of Python go on.
+    Files are read, Pillow decodes and hashlib digests while other threads of Python go on. What proves too short for
+    that, by the first items, is done by this thread alone.
     """
+    items, start = iter(items), time.perf_counter()
+    first = [function(item) for item in itertools.islice(items, _TRIED)]
+    worth_it = time.perf_counter() - start > _TRIED * _WORTH_A_THREAD
+    yield from first
+    if not worth_it:
+        yield from map(function, items)
+        return
     threads = at_most_cores(_MOST_THREADS)
     waiting: deque[Future[Result]] = deque()
     pool = ThreadPoolExecutor(threads)
