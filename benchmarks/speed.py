@@ -54,6 +54,7 @@ COLUMNS = [
     "runs",
 ]
 OURS = "LiquidUNet"
+EACH = f"{OURS}, a class for each"
 
 
 def machine(device: torch.device) -> str:
@@ -192,7 +193,7 @@ def samplings(models: dict[str, nn.Module], batch: int, size: int, device: torch
     same, each = (compile_for_sampling(ours, times, some) for some in (labels[:1], labels))
     return {
         OURS: lambda: same(x, t),
-        f"{OURS}, a class for each": lambda: each(x, t),
+        **({EACH: lambda: each(x, t)} if batch > 1 else {}),
         f"{OURS}, not compiled": plain(ours, x, t, labels),
         **{name: plain(model, x, t, labels) for name, model in models.items() if name != OURS},
     }

@@ -33,7 +33,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one step on the emoji, measured."""
     out = tmp_path_factory.mktemp("runs") / "my-emoji"
     assert main([*TRAIN, "--out", str(out)]) == 0
-    figures = {"kd": 0.1234, "kd_standard_error": 0.0056, "fd": 87.6, "samples": {"n": 578, "features": "lite0"}}
+    figures = {
+        "kd": 0.1234,
+        "kd_standard_error": 0.0056,
+        "fd": 87.6,
+        "samples": {"n": 578, "features": "/home/anna/dinov2"},
+    }
     (out / "metrics.json").write_text(json.dumps({**figures, "real": {"kd": 0.005, "fd": 50.0}}))
     return out
 
@@ -86,6 +91,8 @@ def test_the_card_tells_what_the_run_was(little_hub: LittleHub, trained: Path) -
     assert "not measured" not in card.text
     everything = "".join(path.read_text() for name, path in files.items() if path.suffix in (".md", ".json", ".py"))
     assert str(trained.parent) not in everything
+    assert "features dinov2" in everything
+    assert "anna" not in everything  # whose folder it lay in
 
 
 def test_the_card_of_a_data_set_on_the_hub_and_of_a_folder(trained: Path, tmp_path: Path) -> None:

@@ -191,9 +191,9 @@ class EncodeConfig:
         _check_val_fraction(self.val_fraction)
 
 
-def encoded_at_once(batch_size: int) -> int:
-    """Pictures that a training encodes at once before it begins: fewer where its batch is, for want of memory."""
-    return min(EncodeConfig.batch_size, batch_size)
+def encoded_at_once(computed_at_once: int) -> int:
+    """Pictures that a training encodes at once before it begins: fewer where a step computes fewer, to save memory."""
+    return min(EncodeConfig.batch_size, computed_at_once)
 
 
 @dataclass(frozen=True)

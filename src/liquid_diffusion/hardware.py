@@ -82,7 +82,8 @@ def keep_freed_memory() -> None:
     """Let what computes on the CPU use its freed memory again instead of giving it back to the kernel each step.
 
     Activations of some megabytes are else mapped, cleared and unmapped over and over, with thousands of page faults a
-    step. It counts for the whole process: what takes one over, a command or a training, calls it. Linux with glibc
+    step. What is free in between may not fit the next block: up to twice of what is in use can stay with the process.
+    It counts for the whole process: what takes one over, a command or a training, calls it. Linux with glibc
     only; elsewhere nothing happens.
     """
     if platform.libc_ver()[0] == "glibc":

@@ -72,6 +72,7 @@ def _figures(metrics: dict[str, Any]) -> list[str]:
         if cells:
             rows.append(f"| {words} | {' | '.join(cells)} |")
     setting = metrics.get("samples", {})
+    setting = setting | {name: without_path(setting[name]) for name in ("features", "reference") if name in setting}
     done = [
         f"{name} {setting[name]}" for name in ("n", "features", "reference", "solver", "steps", "guidance", "seed")
         if name in setting

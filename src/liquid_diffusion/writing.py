@@ -51,7 +51,7 @@ def save_picture(picture: Image.Image, path: Path) -> None:
     Raises:
         UserError: there is no such format, it takes no picture as large, or the place can't be written to.
     """
-    partial = path.with_name(f".partial-{path.name}")  # hidden: no grid, and no picture of a folder
+    partial = path.parent / f".partial-{path.name}"  # hidden: no grid, and no picture of a folder
     with writing_to(path):
         try:
             picture.save(partial)

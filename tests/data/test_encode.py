@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from liquid_diffusion.codecs import AutoencoderCodec, PixelCodec, make_codec
 from liquid_diffusion.config import EncodeConfig
 from liquid_diffusion.data import encode as module
-from liquid_diffusion.data.encode import Encoding, encode
+from liquid_diffusion.data.encode import MANIFEST, Encoding, encode, is_whole
 from liquid_diffusion.errors import UserError
 from liquid_diffusion.hardware import process_state
 
@@ -267,6 +267,21 @@ def test_other_latents_are_left_alone(configure: Configure, changes: dict[str, A
     with pytest.raises(UserError, match=f"{words}.*; choose another folder, or delete this one"):
         encode(configure(**changes))
     assert contents(folder) == before
+
+
+def test_a_smaller_batch_after_a_full_memory(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is advised then; nothing was encoded by the larger one."""
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Encoding, "_posteriors", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            encode(configure())
+    assert [path.name for path in Path(configure().out or "").iterdir()] == [MANIFEST]
+    encode(configure(batch_size=2))
+    assert is_whole(Path(configure().out or ""))
 
 
 def test_pictures_that_were_moved_are_gone_on_with(configure: Configure, photos: Path, tmp_path: Path) -> None:

@@ -93,10 +93,11 @@ def test_fresh_latents_have_the_posterior_of_diffusers(folder: Path, run: Run, p
     assert torch.equal(again, drawn)
 
 
-@pytest.mark.parametrize(("batch_size", "at_once"), [(16, 8), (8, 8), (2, 2)])
-def test_a_small_batch_encodes_few_at_once(run: Run, tmp_path: Path, batch_size: int, at_once: int) -> None:
+@pytest.mark.parametrize(("batch_size", "parts", "at_once"), [(16, 1, 8), (8, 1, 8), (2, 1, 2), (16, 8, 2)])
+def test_a_small_batch_encodes_few_at_once(run: Run, tmp_path: Path, batch_size: int, parts: int, at_once: int) -> None:
     """Whose memory holds few pictures of a step may not hold eight in the autoencoder."""
-    assert encoding_of(run(batch_size=batch_size), tmp_path).batch_size == at_once
+    config = run(batch_size=batch_size, gradient_accumulation=parts)
+    assert encoding_of(config, tmp_path).batch_size == at_once
 
 
 def test_latents_are_normalised_over_the_set(folder: Path, run: Run) -> None:

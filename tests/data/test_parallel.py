@@ -38,9 +38,9 @@ def test_threads_work_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def meet(number: int) -> int:
         time.sleep(0.002)
-        return meeting.wait() if number >= parallel._TRIED else number
+        return meeting.wait() if number >= parallel._LONG_ONES else number
 
-    assert len(list(map_in_threads(meet, range(parallel._TRIED + 6)))) == parallel._TRIED + 6
+    assert len(list(map_in_threads(meet, range(parallel._LONG_ONES + 6)))) == parallel._LONG_ONES + 6
 
 
 def test_what_is_short_is_done_by_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,7 @@ def settings(config: EncodeConfig | RunConfig, codec: AutoencoderCodec) -> dict[
 def encoding_of(run: RunConfig, folder: Path) -> EncodeConfig:
     """The encoding whose latents a training is done on."""
     names = {field.name for field in fields(EncodeConfig)} - {"out", "batch_size"}
-    batch_size = encoded_at_once(run.batch_size)
+    batch_size = encoded_at_once(run.batch_size // run.gradient_accumulation)
     return EncodeConfig(**{name: getattr(run, name) for name in names}, out=str(folder), batch_size=batch_size)
 
 
@@ -160,8 +160,8 @@ class Encoding:
             "label_names": self.source.label_names,
         }
         self._shards = list(self._cut(numbered, shapes))
-        self._check_folder()
         self._done = {shard.file for shard in self._shards if self._facts(shard) is not None}
+        self._check_folder()
         free = shutil.disk_usage(_nearest_existing(self.folder)).free
         if self.bytes_to_write > free:
             raise UserError(
@@ -182,6 +182,8 @@ class Encoding:
         if found is None:
             return
         before, now = ({**plan["settings"], **plan, "settings": None} for plan in (found, self._plan))
+        if not self._done:  # nothing was rounded yet: the memory may have been too small for the batch of before
+            del now["batch_size"]
         for name, value in now.items():
             if not same_setting(name, before.get(name), value):
                 raise UserError(
