@@ -305,7 +305,9 @@ def draw_quality() -> None:
 def _quality_tables(rows: list[Row], questions: dict[str, str] | None = None) -> dict[str, str]:
     """Tables of rows of `quality.py`, by their names; with what each variant tests, or without."""
     peers = [row for row in rows if row["model"] in PEERS]
-    variants = [row for row in rows if _is_variant(row["model"])]
+    settings = _group([row for row in rows if _is_variant(row["model"])], *SETTING).values()
+    # a setting with models alone that stand beside the peers already has nothing to add
+    variants = [row for some in settings if any(row["model"] not in PEERS for row in some) for row in some]
     return {
         "learning rates": tuning_table(rows),
         "ablations": comparison_tables(variants, "liquid", questions),
