@@ -12,7 +12,7 @@ STEPS = 25  # of a solver, where nothing is said
 SOLVER = "unipc"  # where nothing is said: nearer to converged at 25 steps than Euler, for the same 25 evaluations
 MOST_SOLVER_STEPS = 900  # diffusers' multistep schedulers have whole timesteps, from 999 on none for each
 GUIDANCE = 3.0  # where nothing is said: nearer to real pictures than 2, and classes as clear as theirs
-_GUIDANCE = (
+_GUIDANCE_HELP = (
     f"classifier-free guidance where there are classes; 1 is none (default: {GUIDANCE:g}, or 1 if it was trained with "
     "--label-dropout 0)"
 )
@@ -204,7 +204,7 @@ class SampleConfig:
     steps: int = _option(STEPS, "steps of the solver")
     solver: str = _option(SOLVER, ", ".join(SOLVERS))
     label: str | None = _option(None, "class, by name or number (default: all in turn)")
-    guidance: float | None = _option(None, _GUIDANCE)
+    guidance: float | None = _option(None, _GUIDANCE_HELP)
     seed: int = _option(0, "picture i has the seed SEED + i")
     batch_size: int = _option(64, "pictures computed at once; it does not change them")
     height: int | None = _option(None, "in pixels (default: as it was trained)")
@@ -226,7 +226,7 @@ class EvaluateConfig:
     features: str = _option("lite0", "lite0, inception, dinov2, or the folder of a DINOv2")
     steps: int = _option(STEPS, "steps of the solver")
     solver: str = _option(SOLVER, ", ".join(SOLVERS))
-    guidance: float | None = _option(None, _GUIDANCE)
+    guidance: float | None = _option(None, _GUIDANCE_HELP)
     seed: int = _option(0, "sample i has the seed SEED + i")
     batch_size: int = _option(64, "samples computed at once; it does not change them")
     out: str | None = _option(

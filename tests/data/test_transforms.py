@@ -79,7 +79,9 @@ def test_padding_keeps_the_whole_picture_on_white() -> None:
     assert (padded[[0, 3]] == 255).all()
 
 
-@pytest.mark.parametrize(("size", "lines"), [((1200, 8), (1, 64)), ((8, 1200), (64, 1)), ((1, 1), (64, 64))])
+@pytest.mark.parametrize(
+    ("size", "lines"), [((1200, 8), (1, 64)), ((8, 1200), (64, 1)), ((128, 1), (1, 64)), ((1, 1), (64, 64))]
+)
 def test_padding_keeps_the_thinnest_picture(size: tuple[int, int], lines: tuple[int, int]) -> None:
     """What would come out less than a pixel thick is one pixel thick."""
     pixels = np.asarray(to_shape(Image.new("RGB", size, "black"), (64, 64), "pad"))

@@ -48,9 +48,10 @@ def to_shape(image: Image.Image, shape: Shape, crop: str = "center", draws: rand
     """
     height, width = shape
     if crop == "pad":
-        # what is so thin that nothing of it would be left is kept as thick as one pixel
-        thick = max(image.width, -(-image.height // height)), max(image.height, -(-image.width // width))
-        image = image if thick == image.size else image.resize(thick)
+        if image.height * width < image.width:  # so thin that Pillow would leave nothing of it
+            image = image.resize((width, 1), Image.Resampling.LANCZOS)
+        elif image.width * height < image.height:
+            image = image.resize((1, height), Image.Resampling.LANCZOS)
         return ImageOps.pad(image, (width, height), Image.Resampling.LANCZOS, color="white")
     if crop == "center" or draws is None:
         return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
