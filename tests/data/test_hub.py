@@ -118,6 +118,10 @@ def test_parquet_on_the_disk(tmp_path: Path) -> None:
     assert numbers(open_source(str(tmp_path / "data/1.parquet")), [0, 1, 2]) == [3, 4, 5]
     for data in (tmp_path / "data", tmp_path / "data/*.parquet", tmp_path / "**/*.parquet"):
         assert numbers(open_source(str(data)), list(range(6))) == list(range(6))
+    write_parquet(tmp_path / "data/0.parquet", {"image": encoded([])}, Features({"image": ImageFeature()}))
+    assert numbers(open_source(str(tmp_path / "data")), [0, 1, 2]) == [3, 4, 5]
+    with pytest.raises(UserError, match=r"There are no rows in .*0\.parquet"):
+        open_source(str(tmp_path / "data/0.parquet"))
     (tmp_path / "data/1.parquet").write_bytes(b"PAR1 this is none PAR1")
     with pytest.raises(UserError, match="are damaged"):
         open_source(str(tmp_path / "data"))

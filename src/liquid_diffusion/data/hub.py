@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import load_dataset, load_dataset_builder, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from httpx2 import HTTPError
@@ -56,7 +57,7 @@ def open_local_table(data: str) -> Any | None:
         None where `data` is none of these.
 
     Raises:
-        UserError: the files can't be read.
+        UserError: the files can't be read, or there is nothing in them.
     """
     path = Path(data).expanduser()
     with _in_words(data):
@@ -68,7 +69,10 @@ def open_local_table(data: str) -> Any | None:
                 raise UserError(f"{data} has no split train, only {', '.join(splits)}; give the folder of one of them.")
             return splits["train"]
         if parquet := parquet_files(data):
-            return load_dataset("parquet", data_files=[glob.escape(file) for file in parquet], split="train")
+            filled = [glob.escape(file) for file in parquet if pq.read_metadata(file).num_rows]
+            if not filled:
+                raise UserError(f"There are no rows in {data}.")
+            return load_dataset("parquet", data_files=filled, split="train")  # which takes no empty file
         if path.is_dir() and any((path / name).is_file() for name in _METADATA):
             return load_dataset("imagefolder", data_dir=str(path), split="train")
     return None
