@@ -49,7 +49,7 @@ def card(folder: Path, metrics: dict[str, Any]) -> str:
     names = load_pipeline(str(folder)).config["label_names"]
     memory = metrics["memorisation"]
     near = (memory["feature_distance"], memory["pixel_distance"])
-    features, pixels = (space["samples_median"] / space["held_out_median"] for space in near)
+    features, pixels = (f"{space['ratio']:.2f} ± {space['ratio_standard_error']:.2f}" for space in near)
     nearer = max(space["share_of_samples_nearer"] for space in near)
     return f"""---
 license: cc-by-4.0
@@ -79,10 +79,11 @@ the model draws derives from these graphics: name them as the licence asks.
 
 {_indented(table(metrics))}
 
-The median distance of a sample to its nearest training picture is {features:.2f} times that of a held-out picture in
-features, and {pixels:.2f} times in pixels; a copier's would be near 0. Of a model that copies nothing 1 % of the
-samples would be nearer than all but one in a hundred held-out pictures; here it is up to {nearer:.1%}. Kernel and
-Frechet distance are in the features of EfficientNet-Lite0 and can't be compared with FID.
+The median distance of a sample to its nearest training picture is {features} times that of a held-out picture in
+features, and {pixels} times in pixels, classes being as frequent on both sides; a copier's would be near 0. Of a
+model that copies nothing 1 % of the samples would be nearer than all but one in a hundred held-out pictures; here it
+is up to {nearer:.1%}. Kernel and Frechet distance are in the features of EfficientNet-Lite0 and can't be compared with
+FID.
 
 ## Limits
 

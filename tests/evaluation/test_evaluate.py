@@ -69,6 +69,8 @@ def test_evaluate(run: Path, tmp_path: Path, capsys: Capture) -> None:
     assert 0 <= facts["class_agreement"] <= 1
     assert facts["class_accuracy_held_out"] == 1
     assert facts["memorisation"]["pixel_distance"]["samples_median"] > 0
+    assert facts["memorisation"]["held_out_weighted_by_class"]
+    assert f"{facts['memorisation']['pixel_distance']['ratio']:.2f} +- " in said
     assert f"{facts['kd']:.4f}" in said
     with Image.open(facts["nearest_pairs"]) as pairs:
         assert pairs.height == 4 * 66 + 6  # ten pairs in two double rows of 16 px, four times enlarged

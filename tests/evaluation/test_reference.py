@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from liquid_diffusion.data.pictures import PictureDataset
 from liquid_diffusion.data.sources import open_source
 from liquid_diffusion.evaluation.evaluate import spread_labels
 from liquid_diffusion.evaluation.features import FeatureExtractor
-from liquid_diffusion.evaluation.memorisation import Nearness
+from liquid_diffusion.evaluation.memorisation import Nearness, class_weights
 from liquid_diffusion.evaluation.reference import CachedFeatures, cache_folder
 
 CPU = torch.device("cpu")
@@ -92,3 +93,34 @@ def test_nearness_tells_copies_from_strangers() -> None:
     assert 0.3 <= copies.share_of_samples_nearer < 0.33
     assert copies.samples_median < (copies.held_out_median or 0)
     assert Nearness.of(torch.ones(3), None).held_out_median is None
+
+
+def test_the_ratio_of_medians_has_the_error_that_a_normal_distribution_tells() -> None:
+    """The variance of a median of n normal numbers is pi / 2 sigma^2 / n."""
+    draws = torch.Generator().manual_seed(1)
+    samples, held_out = 8 + torch.randn(900, generator=draws), 10 + torch.randn(400, generator=draws)
+    near = Nearness.of(samples, held_out)
+    assert near.ratio == pytest.approx(0.8, abs=0.03)
+    relative = [math.sqrt(math.pi / 2 / n) / median for n, median in ((900, 8), (400, 10))]
+    assert near.ratio_standard_error == pytest.approx(0.8 * math.hypot(*relative), rel=0.25)
+
+
+def test_held_out_pictures_count_as_often_as_their_class_is_drawn() -> None:
+    """Weights say the same as copies of the pictures, and what comes of another mix of classes is taken away."""
+    faces, tools = torch.arange(1.0, 6.0), torch.arange(101.0, 104.0)
+    labels = torch.tensor([0] * 5 + [1] * 3)
+    weights = class_weights(labels, torch.tensor([0] * 10 + [1] * 18))
+    torch.testing.assert_close(weights, torch.tensor([2.0] * 5 + [6.0] * 3).double())
+    near = Nearness.of(torch.ones(4), torch.cat([faces, tools]), weights)
+    copied = torch.cat([faces.repeat(2), tools.repeat(6)])
+    assert near.held_out_median == copied.median()
+    assert near.held_out_1st_percentile == 1
+    assert class_weights(torch.tensor([0]), torch.tensor([1])).tolist() == [1]  # nothing to go by
+
+    draws = torch.Generator().manual_seed(0)
+    kinds = torch.tensor([0] * 300 + [1] * 700)
+    distances = 1 + 4 * kinds + torch.rand(1000, generator=draws)
+    some = torch.cat([torch.arange(150), torch.arange(300, 400)])  # more of the near kind than there should be
+    assert Nearness.of(distances, distances[some]).ratio == pytest.approx(5.3 / 1.8, rel=0.1)
+    same = Nearness.of(distances, distances[some], class_weights(kinds[some], kinds))
+    assert same.ratio == pytest.approx(1, abs=0.03)

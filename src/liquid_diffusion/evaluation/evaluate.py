@@ -19,7 +19,7 @@ from liquid_diffusion.data.sources import open_source
 from liquid_diffusion.data.transforms import Shape, to_float, to_uint8
 from liquid_diffusion.errors import UserError
 from liquid_diffusion.evaluation.features import extract, make_features
-from liquid_diffusion.evaluation.memorisation import WORST_PAIRS, Nearness, draw_pairs
+from liquid_diffusion.evaluation.memorisation import WORST_PAIRS, Nearness, class_weights, draw_pairs
 from liquid_diffusion.evaluation.metrics import LEAST_PICTURES, LinearClassifier, compare, nearest_rows
 from liquid_diffusion.evaluation.nearest import nearest_pictures
 from liquid_diffusion.evaluation.reference import CachedFeatures, RunPictures, labels_of, pictures_of_run, settings_of
@@ -86,15 +86,22 @@ def _reference(name: str, known: RunPictures | None, shape: Shape, run: str) -> 
 
 
 def _memory(
-    samples: Tensor, features: Tensor, known: RunPictures, cached: CachedFeatures
+    samples: Tensor, features: Tensor, labels: Tensor | None, known: RunPictures, cached: CachedFeatures
 ) -> tuple[dict[str, Any], Image.Image]:
-    """How near samples (n, 3, H, W) uint8 with features (n, D) come to what was trained on, and the nearest pairs."""
+    """How near samples come to what was trained on, and the nearest pairs.
+
+    Args:
+        samples, features: (n, 3, H, W) uint8 and (n, D).
+        labels: (n,) int64, by the numbers of what was trained on; None where there are no such classes.
+        known: what was trained on.
+        cached: features of real pictures.
+    """
     train, held_out = known.train, known.held_out
     trained = cached.of(train)
     if train.flip:
         trained = torch.cat([trained, cached.of(train, mirrored=True)])
     distances, index = nearest_rows(features, trained)
-    pictures = to_float(samples)
+    pictures, weights = to_float(samples), None
     if held_out is None:
         pixel, unseen, unseen_pixel, seen = nearest_pictures(pictures, train)[1], None, None, 0
     else:
@@ -108,12 +115,15 @@ def _memory(
         new = unseen_pixel > 0
         seen = int((~new).sum())
         unseen, unseen_pixel = unseen[new], unseen_pixel[new]
+        if labels is not None and new.any():
+            weights = class_weights(labels_of(held_out)[new], labels)
     facts = {
         "training_pictures": len(train),
         "held_out_pictures": 0 if held_out is None else len(held_out),
         "held_out_seen": seen,
-        "feature_distance": asdict(Nearness.of(distances, unseen)),
-        "pixel_distance": asdict(Nearness.of(pixel, unseen_pixel)),
+        "held_out_weighted_by_class": weights is not None,
+        "feature_distance": asdict(Nearness.of(distances, unseen, weights)),
+        "pixel_distance": asdict(Nearness.of(pixel, unseen_pixel, weights)),
     }
     worst = distances.argsort()[:WORST_PAIRS]
     originals = []
@@ -166,13 +176,14 @@ def measure(run: str | None, config: EvaluateConfig) -> tuple[dict[str, Any], Im
         return facts, None
     if config.reference == "val":
         facts["real"] = compare(real, cached.of(_thinned(known.train)))
-    if labels is not None and known.train.label_names == names:
+    trained_labels = labels if known.train.label_names == names else None
+    if trained_labels is not None:
         classifier = LinearClassifier(cached.of(known.train), labels_of(known.train))
-        facts["class_agreement"] = classifier.accuracy(features, labels)
+        facts["class_agreement"] = classifier.accuracy(features, trained_labels)
         if known.held_out is not None:
             unseen = cached.of(known.held_out)
             facts["class_accuracy_held_out"] = classifier.accuracy(unseen, labels_of(known.held_out))
-    facts["memorisation"], pairs = _memory(samples, features, known, cached)
+    facts["memorisation"], pairs = _memory(samples, features, trained_labels, known, cached)
     return facts, pairs
 
 

@@ -54,15 +54,17 @@ def table(facts: dict[str, Any]) -> str:
     if "memorisation" in facts:
         memory = facts["memorisation"]
         spaces = (("features", memory["feature_distance"]), ("pixels", memory["pixel_distance"]))
-        rows = [
-            ["nearest training picture in", "samples, median", "held out, median", "samples under its 1st percentile"]
-        ]
+        rows = [["nearest training picture in", "samples, median", "held out, median", "ratio", "under 1st percentile"]]
         for space, near in spaces:
-            share = near["share_of_samples_nearer"]
-            medians = [_number(near["samples_median"]), _number(near["held_out_median"])]
-            rows.append([space, *medians, "-" if share is None else f"{share:.1%}"])
+            ratio, share = near["ratio"], near["share_of_samples_nearer"]
+            told = ["-", "-"]
+            if ratio is not None:
+                told = [f"{ratio:.2f} +- {near['ratio_standard_error']:.2f}", f"{share:.1%} of the samples"]
+            rows.append([space, _number(near["samples_median"]), _number(near["held_out_median"]), *told])
         lines += ["", *_aligned(rows)]
-        if memory.get("held_out_seen"):
+        if memory["held_out_weighted_by_class"]:
+            lines.append("(held-out pictures count so that each class is as frequent among them as among the samples)")
+        if memory["held_out_seen"]:
             seen = f"{memory['held_out_seen']} of {memory['held_out_pictures']} held-out pictures"
             lines.append(f"({seen} are the same as a picture that was trained on, at this size, and left out here)")
         if "nearest_pairs" in facts:
