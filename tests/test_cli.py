@@ -21,7 +21,7 @@ from diffusers import AutoencoderKL
 from little_hub import LittleHub
 from PIL import Image
 
-from liquid_diffusion.cli import main
+from liquid_diffusion.cli import _parser, main
 from liquid_diffusion.data.registry import DATASETS
 
 Capture = pytest.CaptureFixture[str]
@@ -53,6 +53,31 @@ def test_the_saved_configuration_goes_on(trained: Path, tmp_path: Path, capsys: 
     assert "has reached its 2 steps" in capsys.readouterr().out
     assert run("train", "--config", trained / "config.yaml", "--out", tmp_path / "again", "--steps", "1") == 0
     assert (tmp_path / "again" / "samples" / "step-000001.png").is_file()
+
+
+def test_the_saved_configuration_goes_on_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """RUN/config.yaml is that run, from another folder and where it was moved to; but for another --out."""
+    monkeypatch.chdir(tmp_path)
+    assert run("train", *TINY, "--steps", "1", "--out", "runs/a") == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert run("train", "--config", "../runs/a/config.yaml") == 0
+    (tmp_path / "runs" / "a").rename(tmp_path / "moved")
+    assert run("train", "--config", "../moved/config.yaml", "--steps", "2") == 0
+    assert (tmp_path / "moved" / "checkpoints" / "step-000002").is_dir()
+    assert "going on from step 1" in capsys.readouterr().out
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert run("train", "--config", "../moved/config.yaml", "--out", "b", "--steps", "1") == 0
+    assert (tmp_path / "elsewhere" / "b" / "checkpoints" / "step-000001").is_dir()
+
+
+def test_text_is_taken_as_it_is_written() -> None:
+    """A class may be called #1, which is a comment in YAML."""
+    for text in ("#1", "null", "~", "&a", "1"):
+        assert _parser().parse_args(["sample", "--label", text]).sample.label == text
+    assert _parser().parse_args(["sample"]).sample.label is None
 
 
 @pytest.mark.parametrize(
@@ -122,7 +147,7 @@ def test_pictures_that_are_not_square(photos: Path, tmp_path: Path, capsys: Capt
         run("train", *TINY, "--image-size", "32", "--data", photos, "--buckets", "true", "--steps", "2", "--out", out)
         == 0
     )
-    assert "pictures in 2 classes of 32 px in 2 shapes" in capsys.readouterr().out
+    assert "pictures in 2 classes (cat, dog) of 32 px in 2 shapes" in capsys.readouterr().out
     with Image.open(out / "samples" / "step-000002.png") as grid:
         assert grid.height == 2 * 24 * 2 + 2  # 24 x 40, enlarged twice, in two rows
     for name, wanted, size in (("usual", [], (40, 24)), ("own", ["--width", "16", "--height", "40"], (16, 40))):
@@ -154,7 +179,7 @@ def test_encode_says_how_to_train_on_it(photos: Path, tmp_path: Path, capsys: Ca
     assert "Encoding 24 pictures of 16 px (0 held out)" in said
     command = shlex.split(said.split("Train on it: liquid-diffusion ")[1])
     assert run(*command, *TINY[2:], "--steps", "1", "--out", tmp_path / "run") == 0
-    assert "24 pictures in 2 classes of 16 px" in capsys.readouterr().out
+    assert "24 pictures in 2 classes (cat, dog) of 16 px" in capsys.readouterr().out
     assert run("encode", photos, "--codec", "pixels") == 2
     assert "there is nothing to cache" in capsys.readouterr().err
 

@@ -58,7 +58,8 @@ def commands(page: str) -> list[str]:
     found = [line for block in blocks(page) for line in lines(block.text) if block.language == "bash"]
     found += [line.strip() for line in text.splitlines() if line.startswith("    liquid-diffusion ")]
     found += [" ".join(code.split()) for code in re.findall(r"`(liquid-diffusion [^`]+)`", text)]
-    starts = re.compile(r"^(?:[A-Z_]+=\S+ )?(?:accelerate launch .*?-m liquid_diffusion|liquid-diffusion) ")
+    launched = r"(?:accelerate launch|torchrun) .*?-m liquid_diffusion"
+    starts = re.compile(rf"^(?:[A-Z_]+=\S+ )?(?:{launched}|liquid-diffusion) ")
     return [starts.sub("", line) for line in found if starts.match(line)]
 
 

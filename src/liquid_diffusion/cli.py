@@ -10,6 +10,7 @@ import sys
 from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
@@ -55,6 +56,20 @@ def _train(arguments: dict[str, Any]) -> int:
     go_on = f"liquid-diffusion train --config {run.config_file}"
     say(f"Stopped at step {trainer.step}; all is saved. Go on by the same command, or: {go_on}")
     return 130
+
+
+def _stay_in_its_folder(arguments: dict[str, Any], file: Path) -> None:
+    """RUN/config.yaml means the run beside it, from whatever folder it is called and wherever it was moved to.
+
+    What it has as `out` was told from the folder of the first call. Another --out goes before it.
+    """
+    here, out = file.absolute().parent, arguments["out"]
+    if out is None or not (here / "checkpoints").is_dir():
+        return
+    import yaml
+
+    if out == yaml.safe_load(file.read_text()).get("out") and Path(out).expanduser().absolute() != here:
+        arguments["out"] = str(here)
 
 
 def _hand_over(function: str, config: type | None, arguments: dict[str, Any]) -> int:
@@ -145,8 +160,10 @@ def _parser() -> ArgumentParser:
             command.add_argument("--config", action="config", help="YAML file of these options; what follows it wins")
             hints = get_type_hints(config)
             for field in (field for field in fields(config) if field.name != first):
-                flag = "--" + field.name.replace("_", "-")
-                command.add_argument(flag, type=hints[field.name], default=field.default, help=field.metadata["help"])
+                flag, hint = "--" + field.name.replace("_", "-"), hints[field.name]
+                # of `str | None` jsonargparse reads what is typed as YAML, in which "#1" is a comment, and "~" nothing
+                kind = str if hint == str | None else hint
+                command.add_argument(flag, type=kind, default=field.default, help=field.metadata["help"])
         if first:
             command.add_argument(first, type=str, nargs=count, help=what)
         if name in ("datasets", "estimate", "evaluate"):
@@ -161,8 +178,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parsed: Namespace = _parser().parse_args(argv)
     command = parsed.command
     arguments = parsed[command].as_dict()
-    arguments.pop("config", None)
+    files = arguments.pop("config", None) or []
     try:
+        if command == "train" and files:
+            _stay_in_its_folder(arguments, Path(str(files[-1])))
         return _train(arguments) if command == "train" else _hand_over(*_COMMANDS[command][:2], arguments)
     except UserError as error:
         print(f"liquid-diffusion: {error}", file=sys.stderr)

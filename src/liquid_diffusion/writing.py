@@ -8,12 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from filelock import BaseFileLock, FileLock, Timeout
 from safetensors import SafetensorError
 
 from liquid_diffusion.errors import UserError, first_line
 
 if TYPE_CHECKING:  # `datasets` lists without it
     from PIL import Image
+
+LOCK = ".lock"  # in a folder that a process has claimed, and has not any more where none holds it
 
 
 @contextlib.contextmanager
@@ -32,7 +35,27 @@ def writing_to(place: Path) -> Iterator[None]:
     except RuntimeError as error:  # torch.save has no other
         if not any(name in str(error) for name in ("PytorchStreamWriter", "inline_container")):
             raise
-        raise UserError(f"{place} can't be written to: {first_line(error)}.") from error
+        raise UserError(
+            f"{place} can't be written to; the disk may be full, or may not be written to ({first_line(error)})."
+        ) from error
+
+
+def claim(folder: Path) -> BaseFileLock:
+    """A folder for this process alone, as long as it keeps what is returned; it may claim it again.
+
+    Raises:
+        UserError: another process has it.
+    """
+    lock = FileLock(folder / LOCK, is_singleton=True, thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(
+            f"Another process is writing to {folder}: wait until it has ended, or choose another folder."
+        ) from error
+    except NotImplementedError:
+        pass  # a file system that has no locks
+    return lock
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -30,12 +30,13 @@ def test_nearest_shape_crops_least() -> None:
         assert kept[nearest_shape((width, height), shapes)] == pytest.approx(max(kept))
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_size_is_that_of_the_turned_picture(orientation: int) -> None:
+def test_size_is_that_of_the_turned_picture(orientation: int, kind: str) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = io.BytesIO()
-    Image.new("RGB", (6, 2)).save(stored, "JPEG", exif=exif)
+    Image.new("RGB", (6, 2)).save(stored, kind, exif=exif)
     with Image.open(stored) as image:
         assert size_of(stored.getvalue()) == ImageOps.exif_transpose(image).size
 
@@ -44,3 +45,9 @@ def test_only_the_header_is_needed() -> None:
     stored = io.BytesIO()
     Image.effect_noise((300, 200), 50).save(stored, "PNG")
     assert size_of(stored.getvalue()[:1000]) == (300, 200)
+
+
+def test_what_is_no_exif_turns_nothing() -> None:
+    stored = io.BytesIO()
+    Image.new("RGB", (6, 2)).save(stored, "PNG", exif=b"MM\x00garbled")
+    assert size_of(stored.getvalue()) == (6, 2)

@@ -3,6 +3,8 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import json
+import math
 import shutil
 import struct
 import zlib
@@ -13,6 +15,7 @@ import PIL.features
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from datasets import Image as ImageFeature
+from hub_sets import encoded
 from PIL import Image, ImageFile
 
 from liquid_diffusion.data.registry import DATASETS
@@ -27,6 +30,8 @@ from liquid_diffusion.data.sources import (
 )
 from liquid_diffusion.data.transforms import to_shape
 from liquid_diffusion.errors import UserError
+
+Capture = pytest.CaptureFixture[str]
 
 
 def test_emoji() -> None:
@@ -55,14 +60,65 @@ def test_folder_with_classes(photos: Path) -> None:
         assert source.label_names[label] in source.name(i)
 
 
-def test_folder_without_classes(photos: Path) -> None:
-    """Loose pictures beside the sub-folders: no classes. Only one sub-folder: no classes either."""
+def test_folder_without_classes(photos: Path, capsys: Capture) -> None:
+    """Loose pictures beside the sub-folders: no classes, which is said. Only one sub-folder: no classes either."""
     shutil.copy(photos / "cat" / "01.png", photos / "loose.PNG")
     (photos / "notes.txt").write_text("no picture")
     source = open_source(str(photos))
     assert len(source) == 25
     assert source.label_names == []
+    assert (
+        "has no classes: 1 of its pictures, loose.PNG for one, lies beside the sub-folders" in capsys.readouterr().err
+    )
     assert FolderSource(photos / "cat").label_names == []
+
+
+def test_classes_below_a_folder_that_all_share(photos: Path, tmp_path: Path, capsys: Capture) -> None:
+    """data/train/cat has the classes of train/cat; train and test beside each other are classes, and that is said."""
+    (tmp_path / "data" / "all").mkdir(parents=True)
+    shutil.copytree(photos, tmp_path / "data" / "all" / "train")
+    source = open_source(str(tmp_path / "data"))
+    assert source.label_names == ["cat", "dog"]
+    assert [source.read(i)[1] for i in range(24)] == [open_source(str(photos)).read(i)[1] for i in range(24)]
+    assert capsys.readouterr().err == ""
+    shutil.copytree(photos, tmp_path / "data" / "all" / "test")
+    assert open_source(str(tmp_path / "data")).label_names == ["test", "train"]
+    assert "The classes of" in capsys.readouterr().err
+
+
+def test_a_folder_with_metadata_whose_pictures_are_called_as_splits_are(tmp_path: Path) -> None:
+    folder = tmp_path / "meta [1]"
+    folder.mkdir()
+    names = ["train 1.png", "steam-train-2.png", "flight test.png", "eval.png", "a.png"]
+    for i, name in enumerate(names):
+        Image.new("RGB", (8, 8), (20 * i, 0, 0)).save(folder / name)
+    lines = [json.dumps({"file_name": name, "kind": "ab"[i % 2]}) for i, name in enumerate(names)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    source = open_source(str(folder), label_column="kind")
+    assert source.label_names == ["a", "b"]
+    found = [source.read(i) for i in range(len(source))]
+    seen = {(image.getpixel((0, 0))[0] // 20, label) for image, label in found}  # type: ignore[index]
+    assert seen == {(i, i % 2) for i in range(5)}
+
+
+def test_a_label_that_is_no_number_is_missing(tmp_path: Path) -> None:
+    content = {"image": encoded(range(4)), "age": [1.0, math.nan, 2.0, math.nan]}
+    features = Features({"image": ImageFeature(), "age": Value("float32")})
+    Dataset.from_dict(content, features=features).save_to_disk(tmp_path / "table")
+    source = open_source(str(tmp_path / "table"), label_column="age")
+    assert source.label_names == ["1.0", "2.0"]
+    assert source.read(2)[1] == 1
+    with pytest.raises(BadPictureError, match="it has no label"):
+        source.read(1)
+
+
+def test_pictures_of_200_million_pixels_are_read() -> None:
+    """As phones take them; decoded at an eighth."""
+    stored = io.BytesIO()
+    Image.new("L", (16320, 12240), 99).save(stored, "JPEG")
+    image = decode(stored.getvalue(), "photo", (64, 64))
+    assert image.size == (2040, 1530)
+    assert image.getpixel((5, 5)) == (99, 99, 99)
 
 
 def test_what_is_hidden_is_no_picture(photos: Path) -> None:

@@ -285,11 +285,19 @@ def test_nothing_can_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(stream, "_FRUITLESS", 50)
     rows = {"image": [{"bytes": b"x", "path": None}] * 8}
     write_parquet(tmp_path / "t/x.parquet", rows, Features({"image": ImageFeature()}))
-    with pytest.raises(UserError, match=r"Not one of 50 pictures .* the first: .*row"):
+    with pytest.raises(UserError, match=r"Not one of 8 pictures .* the first: .*row"):
         next(make(str(tmp_path / "t")).batches(2, 0, 1))
     write_parquet(tmp_path / "few/x.parquet", {"image": encoded(range(3))}, Features({"image": ImageFeature()}))
     with pytest.raises(UserError, match="3 pictures, too few to stream"):
         next(make(str(tmp_path / "few")).spread(1, 1))
+
+
+def test_a_part_of_a_set_may_have_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that one lane has in its first epoch: it goes on with what another had."""
+    monkeypatch.setattr(stream, "_FRUITLESS", 50)
+    rows = {"image": [*([{"bytes": b"x", "path": None}] * 10), *encoded(range(10, 40))]}
+    write_parquet(tmp_path / "t/x.parquet", rows, Features({"image": ImageFeature()}))
+    assert set(ids(make(str(tmp_path / "t")).batches(4, 0, 0), 40)) == set(range(10, 40))
 
 
 def test_what_can_be_streamed(little_hub: LittleHub, photos: Path) -> None:

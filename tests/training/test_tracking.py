@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from liquid_diffusion.errors import UserError
 from liquid_diffusion.training.tracking import MetricsLog, StopRequest
 
 
@@ -52,3 +54,17 @@ def test_first_signal_asks_second_one_stops(number: signal.Signals) -> None:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), number)
     assert signal.getsignal(number) is before
+
+
+def test_a_full_disk_is_told(tmp_path: Path) -> None:
+    """Files may not grow, so the system itself refuses to write; also what TensorBoard writes when it is closed."""
+    log = MetricsLog(tmp_path, 0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    try:
+        with pytest.raises(UserError, match=r"metrics\.jsonl can't be written to: File too large"):
+            log.write(1, loss=1.0)
+        with pytest.raises(UserError, match=r"metrics\.jsonl can't be written to"):
+            log.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -4,6 +4,8 @@ import itertools
 import json
 import resource
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -603,7 +605,13 @@ def test_latents_of_a_folder(quick: Make, photos: Path, vae: Path, tmp_path: Pat
         Trainer(quick(**settings, image_size=32))
     with pytest.raises(UserError, match="The codec pixels costs nothing"):
         Trainer(quick(**{**settings, "codec": "pixels"}))
-    (photos / "dog" / "00.png").unlink()
+    for there, here in (("cat", "dog"), ("dog", "cat")):  # two that were in the wrong folders
+        name = min((photos / there).iterdir()).name
+        (photos / there / name).rename(photos / here / f"moved-{name}")
+    for changed in (settings, {**settings, "out": str(tmp_path / "a")}):
+        with pytest.raises(UserError, match=r"has changed since .*: files were renamed, or moved between classes"):
+            Trainer(quick(**changed))
+    next((photos / "dog").iterdir()).unlink()
     with pytest.raises(UserError, match=r"has changed since its latents in .* it had 24 pictures, now 23"):
         Trainer(quick(**settings))
     with pytest.raises(UserError, match="There are no latents in"):
@@ -690,6 +698,38 @@ def test_a_half_written_line_of_skipped_pictures_is_passed_over(quick: Make, pho
     (folder.path / "skipped.jsonl").write_text(whole + '{"picture": "ca')
     RunFolder(folder.path).note_skipped(["new.png: it is no picture"], 24)
     assert '"new.png"' in (folder.path / "skipped.jsonl").read_text()
+
+
+def test_thousands_of_bad_pictures_are_told_of_a_dozen_times(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = RunFolder(tmp_path)
+    for i in range(2000):
+        folder.note_skipped([f"{i}-\udcff.png: it is no picture"], 10_000)
+    assert len((tmp_path / "skipped.jsonl").read_text().splitlines()) == 2000
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 11  # 1, 2, 4, ... 1024
+    assert said[-1].startswith("Skipped 1024 pictures that can't be read, e.g. 1023-\\udcff.png: it is no picture.")
+
+
+def test_a_run_is_one_process_s_alone(quick: Make, tmp_path: Path) -> None:
+    """Of a folder that is trained in another process is told before anything is read or written; in one's own it is no
+    matter."""
+    Trainer(quick()).save()
+    code = "import sys; from pathlib import Path; from liquid_diffusion.writing import claim"
+    code += "; lock = claim(Path(sys.argv[1])); print('mine', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(tmp_path / "other")]
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdin is not None
+        assert other.stdout.readline() == "mine\n"
+        before = (tmp_path / "other" / "config.yaml").read_bytes()
+        with pytest.raises(UserError, match=r"Another process is writing to .*other"):
+            Trainer(quick(out=str(tmp_path / "other"), steps=9))
+        assert (tmp_path / "other" / "config.yaml").read_bytes() == before
+        other.stdin.close()
+    assert Trainer(quick(out=str(tmp_path / "other"))).step == Trainer(quick(out=str(tmp_path / "other"))).step
 
 
 def test_an_unknown_option_of_a_run_is_named(quick: Make) -> None:

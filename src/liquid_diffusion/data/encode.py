@@ -34,13 +34,13 @@ from liquid_diffusion.config import EncodeConfig, RunConfig, TrainConfig, encode
 from liquid_diffusion.data.parallel import leave_ending_to_main_process
 from liquid_diffusion.data.pictures import choose_shapes
 from liquid_diffusion.data.shapes import bucket_shapes
-from liquid_diffusion.data.sources import BadPictureError, Source, open_source, same_setting
+from liquid_diffusion.data.sources import BadPictureError, Source, listing_of, open_source, same_setting
 from liquid_diffusion.data.split import split
 from liquid_diffusion.data.transforms import Shape, to_float, to_shape, to_uint8
 from liquid_diffusion.errors import UserError
 from liquid_diffusion.hardware import at_most_cores, process_state
 from liquid_diffusion.resolve import FACTORS, check_size, resolve_encoding
-from liquid_diffusion.writing import write_whole, writing_to
+from liquid_diffusion.writing import LOCK, claim, write_whole, writing_to
 
 MANIFEST = "manifest.json"
 PIXELS_NEED_NO_CACHE = "The codec pixels costs nothing, there is nothing to cache: train without --cache-latents."
@@ -80,7 +80,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         if manifest["format"] != 1:
             raise ValueError(f"format {manifest['format']}")
     except (FileNotFoundError, NotADirectoryError):
-        if folder.is_dir() and any(path.name != f"{MANIFEST}.partial" for path in folder.iterdir()):
+        begun = {LOCK, f"{MANIFEST}.partial"}
+        if folder.is_dir() and not begun.issuperset(path.name for path in folder.iterdir()):
             raise UserError(f"{folder} holds something else than latents; choose another folder.") from None
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -157,6 +158,7 @@ class Encoding:
             "pictures": len(numbered),
             "held_out": len(held_out),
             "source_pictures": len(self.source),
+            "source_listing": listing_of(self.source),
             "label_names": self.source.label_names,
         }
         self._shards = list(self._cut(numbered, shapes))
@@ -186,10 +188,10 @@ class Encoding:
             del now["batch_size"]
         for name, value in now.items():
             if not same_setting(name, before.get(name), value):
-                raise UserError(
-                    f"{self.folder} holds latents with {name} {before.get(name)}, not {value}; choose another folder, "
-                    "or delete this one."
-                )
+                what = f"with {name} {before.get(name)}, not {value}"
+                if name == "source_listing":
+                    what = f"of {self.config.data} as it was before files were renamed, or moved between classes"
+                raise UserError(f"{self.folder} holds latents {what}; choose another folder, or delete this one.")
 
     def _facts(self, shard: _Shard) -> dict[str, Any] | None:
         """What a finished shard tells of itself; None where it is missing or cut short."""
@@ -228,13 +230,14 @@ class Encoding:
         """Encode what is missing, with a progress bar.
 
         Raises:
-            UserError: the folder can't be written to, or the autoencoder gives no numbers.
+            UserError: the folder can't be written to, another process does, or the autoencoder gives no numbers.
         """
         if self.finished:
             return
         with writing_to(self.folder):
             if self.state.is_main_process:
                 self.folder.mkdir(parents=True, exist_ok=True)
+                self._lock = claim(self.folder)
                 self._write(self._plan)
             self.state.wait_for_everyone()
             with self.codec.on(self.state.device):

@@ -15,11 +15,13 @@ from liquid_diffusion.data.latents import LatentDataset
 from liquid_diffusion.data.parallel import leave_ending_to_main_process
 from liquid_diffusion.data.pictures import BucketedBatches, PictureDataset, collate
 from liquid_diffusion.data.shapes import bucket_shapes
-from liquid_diffusion.data.sources import open_shards, open_source
+from liquid_diffusion.data.sources import listing_of, open_shards, open_source
 from liquid_diffusion.data.split import split
 from liquid_diffusion.data.stream import PictureStream
 from liquid_diffusion.errors import UserError
 from liquid_diffusion.hardware import at_most_cores, process_state
+
+_NAMES_TOLD = 3  # of classes, besides the last one
 
 Feed = PictureDataset | LatentDataset | PictureStream
 
@@ -70,29 +72,36 @@ def open_latents(run: RunConfig, codec: Codec, begin: Callable[[], None]) -> tup
         state.print(encoding.summary())
         encoding.run()
     dataset = LatentDataset(folder, run, codec)
-    _check_unchanged(run, folder, dataset.total)
+    _check_unchanged(run, dataset)
     return dataset, dataset.held_out
 
 
-def _check_unchanged(run: RunConfig, latents: Path, pictures: int) -> None:
-    """See that pictures which lie here are as many as were encoded. They may be gone altogether, and are not looked for
-    elsewhere: nothing but the latents is needed any more."""
+def _check_unchanged(run: RunConfig, latents: LatentDataset) -> None:
+    """See that pictures which lie here are those that were encoded, of the same classes.
+
+    They may be gone altogether, and are not looked for elsewhere: nothing but the latents is needed any more.
+    """
     if not Path(run.data).is_dir():
         return
     try:
-        now = len(open_source(run.data, run.image_column, run.label_column))
+        source = open_source(run.data, run.image_column, run.label_column)
     except UserError:
         return
-    if now != pictures:
+    now, before = len(source), latents.total
+    what = f"it had {before} pictures, now {now}" if now != before else "files were renamed, or moved between classes"
+    if now != before or listing_of(source) != latents.listing:
         raise UserError(
-            f"{run.data} has changed since its latents in {latents} were written: it had {pictures} pictures, now "
-            f"{now}; choose other folders for the run and its latents to train on what is there now."
+            f"{run.data} has changed since its latents in {latents.folder} were written: {what}; choose other folders "
+            "for the run and its latents to train on what is there now."
         )
 
 
 def describe(feed: Feed, run: RunConfig, held_out: int | None) -> str:
     """How many pictures of what kind a run has."""
-    classes = f" in {len(feed.label_names)} classes" if feed.label_names else ""
+    classes = ""
+    if names := feed.label_names:
+        more = f", ... {names[-1]}" if len(names) > _NAMES_TOLD else ""
+        classes = f" in {len(names)} classes ({', '.join(names[:_NAMES_TOLD])}{more})"
     streamed = isinstance(feed, PictureStream)
     shapes = f" in {len(feed.groups)} shapes" if run.buckets and not isinstance(feed, PictureStream) else ""
     share = f"{run.val_fraction:.0%} of them" if held_out is None else f"{held_out} more"

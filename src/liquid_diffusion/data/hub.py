@@ -74,7 +74,9 @@ def open_local_table(data: str) -> Any | None:
                 raise UserError(f"There are no rows in {data}.")
             return load_dataset("parquet", data_files=filled, split="train")  # which takes no empty file
         if path.is_dir() and any((path / name).is_file() for name in _METADATA):
-            return load_dataset("imagefolder", data_dir=str(path), split="train")
+            # all files by one pattern: from a folder alone `datasets` guesses splits, by the names of the pictures
+            every = str(Path(glob.escape(str(path.absolute()))) / "**")
+            return load_dataset("imagefolder", data_files={"train": [every]}, split="train")
     return None
 
 
@@ -101,7 +103,7 @@ def find_on_hub(data: str) -> HubFiles:
             f"There is no data set and no folder {data!r}; `liquid-diffusion datasets` lists what is known."
         )
     if facts is not None:
-        _say(f"{identifier}: {facts.pictures:,} pictures, {facts.files}; licence: {facts.licence}.")
+        say(f"{identifier}: {facts.pictures:,} pictures, {facts.files}; licence: {facts.licence}.")
     with _in_words(identifier):
         builder = load_dataset_builder(identifier, data_files=facts.data_files if facts else None)
         splits = list(builder.config.data_files or {})
@@ -111,12 +113,13 @@ def find_on_hub(data: str) -> HubFiles:
         if facts is None:
             card = HfApi().dataset_info(identifier).card_data
             licence = (card.get("license") if card else None) or "none stated"
-            _say(f"{identifier}: {len(builder.config.data_files[split])} files; licence: {licence}.")
+            say(f"{identifier}: {len(builder.config.data_files[split])} files; licence: {licence}.")
     files = [str(file) for file in builder.config.data_files[split]]
     return HubFiles(identifier, builder, split, files, facts is not None and facts.unique)
 
 
-def _say(facts: str) -> None:
+def say(facts: str) -> None:
+    """Tell a person, beside what the command itself says; of several processes once."""
     if process_state().is_main_process:
         print(facts, file=sys.stderr)
 

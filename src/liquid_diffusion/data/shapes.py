@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 from PIL import Image
+from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 
 from liquid_diffusion.data.transforms import Shape
 
@@ -47,6 +48,11 @@ def size_of(content: bytes) -> tuple[int, int]:
         Exception: whatever a decoder raises at damaged bytes.
     """
     with Image.open(io.BytesIO(content)) as image:
-        # not image.getexif(), which decodes a whole PNG to look behind its pixels
-        turned = Image.Image.getexif(image).get(_EXIF_ORIENTATION, 1) >= _FIRST_TURNED
-        return (image.height, image.width) if turned else image.size
+        width, height = image.size
+        if isinstance(image, TiffImageFile):  # whose size newer versions of Pillow turn as they open it
+            width, height = image.tag_v2[IMAGEWIDTH], image.tag_v2[IMAGELENGTH]
+        try:  # not image.getexif(), which decodes a whole PNG to look behind its pixels
+            orientation = Image.Image.getexif(image).get(_EXIF_ORIENTATION, 1)
+        except Exception:  # what can't be read as EXIF turns nothing, see `transforms.to_rgb`
+            orientation = 1
+        return (height, width) if orientation >= _FIRST_TURNED else (width, height)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
 _KINDS = ("png", "jpg", "jpeg", "jfif", "webp", "avif", "heic", "heif", "gif", "bmp", "tif", "tiff", "ppm", "pgm")
 PICTURE_ENDINGS = frozenset(f".{kind}" for kind in _KINDS)
 pi_heif.register_heif_opener()  # Pillow itself can't read what phones write
+# It warns of more pixels than this, and refuses twice as many: phones take pictures of 200 million
+if Image.MAX_IMAGE_PIXELS is not None:
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, 2**28)
+
+
+_SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation"})  # which are no classes
 
 
 def is_picture(path: PurePath) -> bool:
@@ -97,15 +104,31 @@ def decode(content: bytes | None, name: str, shape: Shape | None = None) -> Imag
 
 
 def classes_of(paths: Sequence[tuple[str, ...]]) -> tuple[list[str], list[int]]:
-    """Classes of pictures by the first folder on their paths: names, and the number of each picture's.
+    """Classes of pictures by the first folder on their paths in which they differ: names, and each picture's number.
 
-    No names where one picture lies in no folder, or all in the same.
+    No names where one picture lies in no such folder, or all in the same.
     """
+    while len({parts[0] for parts in paths}) == 1 and all(len(parts) > 2 for parts in paths):  # train/cat, train/dog
+        paths = [parts[1:] for parts in paths]
     names = sorted({parts[0] for parts in paths}) if all(len(parts) > 1 for parts in paths) else []
     if len(names) < 2:
         return [], [0] * len(paths)
     numbers = {name: number for number, name in enumerate(names)}
     return names, [numbers[parts[0]] for parts in paths]
+
+
+def _remark(folder: Path, paths: Sequence[tuple[str, ...]], names: list[str]) -> str | None:
+    """What a person should know about the classes of pictures at these paths below a folder."""
+    loose = ["/".join(parts) for parts in paths if len(parts) == 1]
+    folders = {parts[0] for parts in paths if len(parts) > 1}
+    if loose and len(folders) > 1:
+        return (
+            f"{folder} has no classes: {len(loose)} of its pictures, {loose[0]} for one, "
+            f"lie{'s' if len(loose) == 1 else ''} beside the sub-folders."
+        )
+    if names and _SPLITS.issuperset(name.lower() for name in names):
+        return f"The classes of {folder} are {', '.join(names)}; --data {folder / names[-1]} would take one of them."
+    return None
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -122,6 +145,9 @@ def _files(folder: Path) -> Iterator[Path]:
 class FolderSource:
     """All pictures in a folder, recursively; where each lies in a folder of its own class, these are the labels.
 
+    Attributes:
+        remark: what a person should know about the classes; None where they are as they look.
+
     Raises:
         UserError: the folder does not exist or has no pictures.
     """
@@ -133,7 +159,14 @@ class FolderSource:
         self.paths = sorted(p for p in _files(folder) if is_picture(p.relative_to(folder)) and p.is_file())
         if not self.paths:
             raise UserError(f"There are no pictures in {folder}.")
-        self.label_names, self._labels = classes_of([path.relative_to(folder).parts for path in self.paths])
+        parts = [path.relative_to(folder).parts for path in self.paths]
+        self.label_names, self._labels = classes_of(parts)
+        self.remark = _remark(folder, parts, self.label_names)
+
+    def listing(self) -> str:
+        """A digest of the names of all pictures below the folder, which tell their classes too."""
+        names = "\0".join(path.relative_to(self.folder).as_posix() for path in self.paths)
+        return hashlib.blake2b(names.encode(errors="surrogateescape"), digest_size=16).hexdigest()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -149,6 +182,11 @@ class FolderSource:
 
     def read(self, index: int, shape: Shape | None = None) -> tuple[Image.Image, int]:
         return decode(self.content(index), self.name(index), shape), self._labels[index]
+
+
+def listing_of(source: Source) -> str | None:
+    """What tells whether pictures were added, taken away, renamed or moved between classes; None where nobody can."""
+    return source.listing() if isinstance(source, FolderSource) else None
 
 
 class EmojiSource(FolderSource):
@@ -206,7 +244,10 @@ def open_source(data: str, image_column: str | None = None, label_column: str | 
     if columns and (data == "emoji" or (facts is None and path.is_dir())):
         raise UserError(f"{data} is no table and has no column {columns[0]!r}; sub-folders give the labels.")
     if facts is None and path.is_dir():
-        return FolderSource(path)
+        source = FolderSource(path)
+        if source.remark:
+            hub.say(source.remark)
+        return source
     found = hub.find_on_hub(data)
     if all(address.endswith(".zip") for address in found.files) and not columns:
         return ZipSource(hub.download_files(found), found.identifier, found.unique)

@@ -177,10 +177,14 @@ class PictureStream(PictureFeed):
     # ---- the order
 
     def _windows(self, lane: int, lanes: int, epoch: int) -> Iterator[_Span]:
-        """The span of one of `lanes` lanes in an epoch, window by window."""
+        """The span of one of `lanes` lanes in an epoch, window by window.
+
+        It is another one in each epoch: a lane whose rows can't be used does not meet the same ones for ever.
+        """
         order = list(range(len(self.shards.chunks)))
         random.Random(stable_hash(self.seed, 4, epoch)).shuffle(order)
-        first, stop = (len(self) * border // lanes for border in (lane, lane + 1))
+        place = (lane + epoch) % lanes
+        first, stop = (len(self) * border // lanes for border in (place, place + 1))
         window: _Span = []
         start = 0
         for number in order:
@@ -232,7 +236,8 @@ class PictureStream(PictureFeed):
                         skipped, fruitless = [], 0
                     elif fruitless == _FRUITLESS:
                         first = f"; the first: {skipped[0]}" if skipped else ": all are held out"
-                        raise UserError(f"Not one of {fruitless} pictures of {self.shards.origin} can be used{first}.")
+                        met = min(fruitless, len(self))
+                        raise UserError(f"Not one of {met} pictures of {self.shards.origin} can be used{first}.")
             epoch, passed = epoch + 1, 0
 
     def _item(self, epoch: int, number: int, row: int) -> tuple[Tensor, int] | None:

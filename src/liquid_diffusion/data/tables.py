@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -63,13 +64,18 @@ class Columns:
         elif self.label is not None:
             if not isinstance(features[self.label], Value):
                 raise UserError(f"The column {self.label!r} of {origin} holds no single values and can't be a label.")
-            distinct = sorted({value for value in values(self.label) if value is not None})
+            distinct = sorted({value for value in values(self.label) if not _is_missing(value)})
             self.label_names = [str(value) for value in distinct]
             self._numbers = {value: number for number, value in enumerate(distinct)}
 
     def number(self, value: Any) -> int | None:
         """The number of a label's class; None for a missing one, as -1 of `ClassLabel` is. Without classes it is 0."""
         return self._numbers.get(value) if self.label else 0
+
+
+def _is_missing(value: Any) -> bool:
+    """Whether a label is none: empty, or the NaN that stands for it in a column of numbers."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _holds_pictures(feature: Any) -> bool:

@@ -20,19 +20,29 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     An animation gives its first frame.
     """
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if image.mode.startswith(("I", "F")):
         # PIL clips wide integers at 255 when it converts them: a 16-bit picture would come out white
         values = np.asarray(image, dtype=np.float64)
-        # "I;16" is 16 bits by its name; the range of "I" and "F" has to be guessed from what is there
-        highest = values.max(initial=0)
-        scale = 65535.0 if image.mode.startswith("I;16") or highest > 255 else 1.0 if highest <= 1 else 255.0
+        # "I;16" is 16 bits by its name; the range of "I" and "F" has to be guessed from what is there, and what goes to
+        # 1 may go a little beyond it where it was resampled
+        highest, one = values.max(initial=0), 2 if image.mode.startswith("F") else 1
+        scale = 65535.0 if image.mode.startswith("I;16") or highest > 255 else 1.0 if highest <= one else 255.0
         image = Image.fromarray((values / scale * 255).round().clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """A picture turned as its EXIF says, or as it is where that can't be read."""
+    image.load()  # first: that it is damaged is no matter of the EXIF
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # SyntaxError, struct.error, ...
+        return image
 
 
 def to_shape(image: Image.Image, shape: Shape, crop: str = "center", draws: random.Random | None = None) -> Image.Image:

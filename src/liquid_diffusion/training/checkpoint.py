@@ -40,9 +40,13 @@ class CheckpointFolder:
 
     def begin(self, step: int) -> None:
         """Make an empty folder at `place`; what was begun before and never finished goes."""
+        self.abandon()
+        self.place(step).mkdir(parents=True)
+
+    def abandon(self) -> None:
+        """Take away what was begun and never finished."""
         for leftover in self.folder.glob("*.partial"):
             shutil.rmtree(leftover, ignore_errors=True)
-        self.place(step).mkdir(parents=True)
 
     def finish(self, step: int, facts: dict[str, Any]) -> Path:
         """Put what lies at `place` in its final place, with `facts` as JSON; the oldest ones over `keep` go."""

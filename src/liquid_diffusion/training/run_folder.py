@@ -17,7 +17,7 @@ from tqdm import tqdm
 from liquid_diffusion.config import RunConfig
 from liquid_diffusion.errors import UserError
 from liquid_diffusion.pipeline import LiquidDiffusionPipeline
-from liquid_diffusion.writing import save_picture, write_whole, writing_to
+from liquid_diffusion.writing import LOCK, claim, save_picture, write_whole, writing_to
 
 
 class RunFolder:
@@ -30,6 +30,8 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._skipped: set[str] = set()
+        self._read = 0  # bytes of skipped.jsonl that are known
+        self._told = 0  # pictures that were told of
 
     @property
     def config_file(self) -> Path:
@@ -47,8 +49,8 @@ class RunFolder:
         """
         if data.is_dir() and self.path.resolve().is_relative_to(data.resolve()):
             raise UserError(f"The run folder {self.path} would lie among the pictures; choose another --out.")
-        aside = f"{self.config_file.name}.partial"  # of a process that was killed as it began
-        if not self.path.is_dir() or all(path.name == aside for path in self.path.iterdir()):
+        begun = {LOCK, f"{self.config_file.name}.partial"}  # of a process that was killed as it began
+        if not self.path.is_dir() or begun.issuperset(path.name for path in self.path.iterdir()):
             return
         try:
             settings = yaml.safe_load(self.config_file.read_text())
@@ -60,41 +62,70 @@ class RunFolder:
         if unknown := sorted(map(str, set(settings) - names)):
             raise UserError(f"{self.config_file} has an option that is not known here: {unknown[0]}.")
 
-    def begin(self, config: RunConfig) -> None:
-        """Make the folder, if it is not there, and write the configuration.
+    def claim(self) -> None:
+        """Keep other trainings out of a run that is there already, as long as this process lives.
 
         Raises:
-            UserError: it can't be written to.
+            UserError: another one is in it.
+        """
+        if self.config_file.is_file():
+            with contextlib.suppress(PermissionError):  # a finished run may be looked at where it can't be changed
+                self._lock = claim(self.path)
+
+    def begin(self, config: RunConfig) -> None:
+        """Make the folder, if it is not there, keep others out of it, and write the configuration.
+
+        Raises:
+            UserError: it can't be written to, or another training is in it.
         """
         with writing_to(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = claim(self.path)
             write_whole(self.config_file, yaml.safe_dump(asdict(config), sort_keys=False))
 
     def note_skipped(self, messages: Sequence[str], pictures: int) -> None:
         """Name pictures that can't be read in RUN/skipped.jsonl, each once, and say how many of `pictures` they are.
 
+        It is said at the first, and each time that they are twice as many.
+
         Args:
             messages: "NAME: REASON" each.
             pictures: how many there are, these included.
+
+        Raises:
+            UserError: the disk is full.
         """
         if self._skipped.issuperset(messages):
             return
         skipped = self.path / "skipped.jsonl"
-        if skipped.is_file():  # of this run before it was stopped, or of other processes, which meet the same ones
-            for line in skipped.read_text().splitlines():
-                with contextlib.suppress(ValueError, KeyError):  # another process may be writing the last one
-                    known = json.loads(line)
-                    self._skipped.add(f"{known['picture']}: {known['reason']}")
-        new = [message for message in dict.fromkeys(messages) if message not in self._skipped]
-        if not new:
-            return
+        with writing_to(skipped):
+            self._read_skipped(skipped)
+            new = [message for message in dict.fromkeys(messages) if message not in self._skipped]
+            if new:
+                with skipped.open("a") as file:
+                    for name, _, reason in (message.partition(": ") for message in new):
+                        file.write(json.dumps({"picture": name, "reason": reason}) + "\n")
         self._skipped.update(new)
-        with skipped.open("a") as file:
-            for name, _, reason in (message.partition(": ") for message in new):
-                file.write(json.dumps({"picture": name, "reason": reason}) + "\n")
+        if not new or len(self._skipped) < 2 * self._told:  # thousands of bad pictures are told of a dozen times
+            return
+        self._told = len(self._skipped)
         warning = " That is more than 5 %: look at your data." if len(self._skipped) > 0.05 * pictures else ""
-        count = len(self._skipped)
-        tqdm.write(f"Skipped {count} picture{'s' if count > 1 else ''} that can't be read, e.g. {new[0]}.{warning}")
+        name = new[0].encode(errors="backslashreplace").decode()  # of a file that is not named in UTF-8
+        tqdm.write(f"Skipped {self._told} picture{'s' * (self._told > 1)} that can't be read, e.g. {name}.{warning}")
+
+    def _read_skipped(self, skipped: Path) -> None:
+        """What has come to the file: of this run before it was stopped, or of other processes, which meet them too."""
+        if not skipped.is_file():
+            return
+        with skipped.open("rb") as file:
+            file.seek(self._read)
+            added = file.read()
+        whole = added[: added.rfind(b"\n") + 1]  # another process may be writing the last line
+        self._read += len(whole)
+        for line in whole.splitlines():
+            with contextlib.suppress(ValueError, KeyError):  # cut short as a process was killed
+                known = json.loads(line)
+                self._skipped.add(f"{known['picture']}: {known['reason']}")
 
     def save_samples(self, sheet: Image.Image, step: int) -> Path:
         """RUN/samples/step-000500.png."""
@@ -110,8 +141,11 @@ class RunFolder:
         partial, old = folder.with_name("pipeline.partial"), folder.with_name("pipeline.old")
         for leftover in (partial, old):
             shutil.rmtree(leftover, ignore_errors=True)
-        pipeline.save_pretrained(str(partial))
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(partial, folder)
+        try:
+            pipeline.save_pretrained(str(partial))
+            if folder.exists():
+                os.replace(folder, old)
+            os.replace(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)  # a disk that is full needs its place
         shutil.rmtree(old, ignore_errors=True)

@@ -51,12 +51,18 @@ class MetricsLog:
         """
         with writing_to(self._path):
             self._file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        """Close the files.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        with writing_to(self._path):
+            self._file.close()
+            self._board.close()
 
 
 class StopRequest:

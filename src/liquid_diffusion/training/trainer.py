@@ -76,6 +76,8 @@ class Trainer:
         self.folder = RunFolder(Path(run.out).expanduser())
         self.checkpoints = CheckpointFolder(self.folder.path / "checkpoints")
         self.folder.check(Path(run.data).expanduser())
+        if self.accelerator.is_main_process:
+            self.folder.claim()
         found = self.checkpoints.latest()
         if found is not None:
             check_same_run(self.folder.path, found[2], run, self.accelerator)
@@ -158,8 +160,13 @@ class Trainer:
         Raises:
             UserError: they can't be written; the checkpoint and the pipeline before are as they were.
         """
-        with writing_to(self.folder.path):
-            return self._save()
+        try:
+            with writing_to(self.folder.path):
+                return self._save()
+        except UserError:
+            if self.accelerator.is_main_process:
+                self.checkpoints.abandon()  # a disk that is full needs its place
+            raise
 
     def _save(self) -> Path:
         accelerator, folder = self.accelerator, self.checkpoints.place(self.step)
