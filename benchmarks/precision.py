@@ -34,7 +34,7 @@ def evaluations(model: LiquidUNet, batch: int, size: int) -> Versions:
     x, _, labels = batch_of(batch, size, model.device)
     times = schedule(model.device)
     t = torch.full((batch,), times[3])
-    compiled = {name: compile_for_sampling(model, times, labels[:1], dtype=dtype) for name, dtype in DTYPES.items()}
+    compiled = {name: compile_for_sampling(model, times, labels[0], dtype=dtype) for name, dtype in DTYPES.items()}
     return {name: lambda velocity=velocity: velocity(x, t) for name, velocity in compiled.items()}
 
 

@@ -190,7 +190,7 @@ def evaluation(
 def samplings(models: dict[str, nn.Module], batch: int, size: int, device: torch.device) -> dict[str, Callable]:
     """One evaluation of each model; of ours as the sampler runs it, with one class for all and with one for each."""
     ours, times, x, t, labels = evaluation(models, batch, size, device)
-    same, each = (compile_for_sampling(ours, times, some) for some in (labels[:1], labels))
+    same, each = (compile_for_sampling(ours, times, some) for some in (labels[0], labels))
     return {
         OURS: lambda: same(x, t),
         **({EACH: lambda: each(x, t)} if batch > 1 else {}),
@@ -209,7 +209,7 @@ def compiled_samplings(
     """
     ours, times, x, t, labels = evaluation(models, batch, size, device)
     dtype = fastest_dtype(device)
-    sampler = compile_for_sampling(ours, times, labels[:1])
+    sampler = compile_for_sampling(ours, times, labels[0])
     assert isinstance(sampler, CompiledVelocity)
     latents, row = x.to(dtype), sampler.steps[3:4]
     fused = torch.compile(sampler._forward, dynamic=False)
@@ -248,7 +248,7 @@ def edge(models: dict[str, nn.Module], batch: int, size: int, device: torch.devi
     import onnxruntime
 
     ours, times, x, t, labels = evaluation(models, batch, size, device)
-    compiled = compile_for_sampling(ours, times, labels[:1], dtype=torch.float32)
+    compiled = compile_for_sampling(ours, times, labels[0], dtype=torch.float32)
     pipeline = LiquidDiffusionPipeline(ours, make_scheduler(), codec=PixelCodec().state())
     with tempfile.TemporaryDirectory() as folder:
         export_onnx(pipeline, Path(folder))

@@ -146,3 +146,20 @@ def test_bfloat16_where_it_is_fast_is_near_float32(monkeypatch: pytest.MonkeyPat
         assert half.dtype == torch.float32
         assert 0 < (half - exact).std() < 0.05 * exact.std()
     assert codec.vae.dtype == torch.float32  # what is saved stays exact
+
+
+def test_an_autoencoder_that_overflows_in_float16() -> None:
+    """It says so of itself; its float16 weights are float32 while it computes."""
+    vae = tiny_vae()
+    with torch.no_grad():
+        vae.encoder.conv_in.weight *= 3e5
+        vae.decoder.conv_in.weight *= 3e5
+    codec = AutoencoderCodec(vae, "large")
+    images = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    wide, latents = codec.encode(images, torch.Generator().manual_seed(0)), torch.randn(1, codec.channels, 8, 8)
+    exact = codec.decode(latents)
+    vae.half()
+    assert not vae.decode(latents.half()).sample.isfinite().all()
+    torch.testing.assert_close(codec.decode(latents), exact, atol=0.05, rtol=0)
+    torch.testing.assert_close(codec.encode(images, torch.Generator().manual_seed(0)), wide, atol=0.1, rtol=0.05)
+    assert vae.dtype == torch.float16

@@ -47,7 +47,7 @@ def test_equals_the_model_on_every_label_and_size(model: LiquidUNet, size: tuple
 def test_equals_the_model_where_all_have_one_condition(model: LiquidUNet) -> None:
     """Then the rows of the table are multiplied into the convolutions."""
     x, t = torch.randn(2, 4, 16, 12), torch.full((2,), 0.4)
-    for labels in (None, torch.tensor([1])):
+    for labels in (None, torch.tensor(1)):
         compiled = compile_for_sampling(model, [0.4], labels, dtype=torch.float32)
         with torch.no_grad():
             expected = model(x, t, None if labels is None else labels.expand(2)).sample
@@ -82,7 +82,7 @@ def small() -> LiquidUNet:
 
 def test_one_label_serves_any_batch() -> None:
     model = small()
-    for labels in (None, torch.tensor([1])):
+    for labels in (None, torch.tensor(1)):
         for guidance in (1.0, 2.0):
             compiled = compile_for_sampling(model, [0.5], labels, guidance, torch.float32)
             for batch in (1, 3):
@@ -106,10 +106,31 @@ def test_parts_equal_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("labels", [None, torch.tensor(1), torch.tensor([0, 1, 1, 2, 0])])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_picture_does_not_depend_on_its_batch(
+    labels: torch.Tensor | None, guidance: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit: in a batch of any size, and in parts of it."""
+    model, x = LiquidUNet.from_preset("nano", 4, CLASSES), torch.randn(5, 4, 16, 16)
+    perturbed(model)
+
+    def velocity(which: slice) -> torch.Tensor:
+        some = labels if labels is None or not labels.dim() else labels[which]
+        return compile_for_sampling(model, [0.4, 0.5], some, guidance, dtype)(x[which], torch.full((5,), 0.5)[which])
+
+    whole = velocity(slice(None))
+    for start, stop in ((0, 1), (1, 3), (3, 5), (4, 5)):
+        assert torch.equal(velocity(slice(start, stop)), whole[start:stop])
+    monkeypatch.setattr(sys.modules[compile_for_sampling.__module__], "_PART_BYTES", 2 * 96 * 16**2 * dtype.itemsize)
+    assert torch.equal(velocity(slice(None)), whole)
+
+
 def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on another processor, and in a dtype that oneDNN does not have."""
     model, x, t = small(), torch.randn(2, 4, 8, 8), torch.full((2,), 0.5)
-    labels = torch.tensor([1])
+    labels = torch.tensor(1)
     with torch.no_grad():
         expected = model(x, t, labels.expand(2)).sample
     exact = compile_for_sampling(model.double(), [0.5], labels, dtype=torch.float64)(x.double(), t)

@@ -16,6 +16,7 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from torch import nn
 
 from liquid_diffusion.codecs import AutoencoderCodec
 from liquid_diffusion.config import GUIDANCE
@@ -281,6 +282,75 @@ def test_offloaded_weights_in_half_precision(class_labels: str | None) -> None:
         for p in (halved, expected)
     )
     torch.testing.assert_close(drawn, exact, atol=0.03, rtol=0)
+
+
+def test_a_pipeline_of_the_same_parts() -> None:
+    pipeline = make(vae=small_vae())
+    again = LiquidDiffusionPipeline.from_pipe(pipeline)
+    assert again.unet is pipeline.unet
+    assert again.vae is pipeline.vae
+    assert again.config["label_names"] == NAMES
+    assert again.codec.state() == pipeline.codec.state()
+    other = LiquidDiffusionPipeline.from_pipe(pipeline, scheduler=make_scheduler("heun"))
+    assert isinstance(other.scheduler, FlowMatchHeunDiscreteScheduler)
+
+
+def test_what_is_put_around_a_part_of_the_model_is_seen() -> None:
+    """A hook, and an adapter that has the weight of what it is put around, as those of LoRA have."""
+
+    class Adapter(nn.Module):
+        def __init__(self, base: nn.Conv2d) -> None:
+            super().__init__()
+            self.base = base
+
+        @property
+        def weight(self) -> nn.Parameter:
+            return self.base.weight  # type: ignore[return-value]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.base(x) + 0.5 * x.flip(1)[:, : self.base.out_channels]
+
+    pipeline = make()
+    wish: dict[str, Any] = {"num_inference_steps": 2, "output_type": "pt"}
+
+    def drawn() -> torch.Tensor:
+        return pipeline(1, "cat", generator=seeded_generators(0, 1), **wish).images
+
+    plain = drawn()
+    handle = pipeline.unet.bottleneck[0].register_forward_hook(lambda _module, _inputs, out: out * 0)
+    assert (drawn() - plain).abs().max() > 0.01
+    handle.remove()
+    torch.testing.assert_close(drawn(), plain, atol=0, rtol=0)
+    pipeline.unet.head = Adapter(pipeline.unet.head)  # type: ignore[assignment]
+    assert (drawn() - plain).abs().max() > 0.01
+
+
+def test_weights_that_are_stored_in_eight_bits() -> None:
+    pipeline = make()
+    exact = pipeline(1, "cat", 2, generator=seeded_generators(0, 1), output_type="pt").images
+    pipeline.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    cast = pipeline(1, "cat", 2, generator=seeded_generators(0, 1), output_type="pt").images
+    assert 0 < (cast - exact).abs().max() < 0.2
+
+
+def test_a_compiled_model_is_saved_as_what_it_is(tmp_path: Path) -> None:
+    pipeline = make()
+    expected = pipeline(1, "cat", 2, generator=seeded_generators(0, 1), output_type="pt").images
+    pipeline.unet = torch.compile(pipeline.unet)  # type: ignore[assignment]
+    pipeline.save_pretrained(tmp_path)
+    again = load_pipeline(str(tmp_path))
+    assert type(again.unet) is LiquidUNet
+    drawn = again(1, "cat", 2, generator=seeded_generators(0, 1), output_type="pt").images
+    torch.testing.assert_close(drawn, expected, atol=0, rtol=0)
+
+
+def test_what_lies_beside_a_saved_pipeline_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"_name_or_path": "mine", // a comment\n}')
+    make().save_pretrained(tmp_path)
+    assert "a comment" in (tmp_path / "other" / "config.json").read_text()
+    make().save_config(str(tmp_path / "alone"))
+    assert (tmp_path / "alone" / "model_index.json").is_file()
 
 
 def test_classes_as_a_tensor() -> None:

@@ -15,6 +15,7 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     DPMSolverSinglestepScheduler,
+    FlowMatchEulerDiscreteScheduler,
     SchedulerMixin,
     UniPCMultistepScheduler,
 )
@@ -86,6 +87,20 @@ def test_schedulers_set_up_for_the_flow() -> None:
     assert ours.config["solver_order"] == 3
     with pytest.raises(UserError, match="DDPMScheduler integrates no rectified flow; take Flow"):
         for_flow(DDPMScheduler())
+
+
+def test_a_shift_is_kept() -> None:
+    """Of a flow scheduler, and of one that is only told of the flow; sigma is s u / (1 + (s - 1) u) at equal u."""
+    euler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    for scheduler in (
+        UniPCMultistepScheduler.from_config(euler.config),
+        UniPCMultistepScheduler.from_config(make_scheduler("euler").config, flow_shift=3.0),
+        DPMSolverMultistepScheduler(use_flow_sigmas=True, flow_shift=3.0),
+    ):
+        times = solver_times(for_flow(scheduler), 4)
+        assert times == pytest.approx([1, 0.9, 0.75, 0.5], abs=2e-3)
+    plain = for_flow(UniPCMultistepScheduler.from_config(make_scheduler("euler").config))
+    assert solver_times(plain, 4) == pytest.approx([1, 0.75, 0.5, 0.25], abs=2e-3)
 
 
 def test_what_is_sent_takes_the_place_of_the_state(noise: Tensor) -> None:

@@ -148,6 +148,19 @@ class AutoencoderCodec(_Normalised):
         wanted = self.vae.dtype == torch.float32 and fastest_dtype(device) == torch.bfloat16
         return torch.autocast(device.type, torch.bfloat16, enabled=wanted)
 
+    @contextlib.contextmanager
+    def _wide_enough(self) -> Iterator[None]:
+        """Within it float16 weights whose activations would overflow are float32, as the autoencoder asks for."""
+        upcast = self.vae.dtype == torch.float16 and self.vae.config.get("force_upcast")
+        if not upcast or self.vae.device.type == "meta":  # offloaded piece by piece: the weights are not there now
+            yield
+            return
+        self.vae.to(torch.float32)
+        try:
+            yield
+        finally:
+            self.vae.to(torch.float16)
+
     @torch.no_grad()
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Mean and standard deviation of the raw latents of pictures (B, 3, H, W) in [-1, 1].
@@ -156,9 +169,10 @@ class AutoencoderCodec(_Normalised):
             (B, channels, H/factor, W/factor) each, float32, on the autoencoder's device; no standard deviation where
             the autoencoder is deterministic.
         """
-        images = images.to(self.vae.device, self.vae.dtype)
-        with self._arithmetic(images.device):
-            encoded = self.vae.encode(images)
+        with self._wide_enough():
+            images = images.to(self.vae.device, self.vae.dtype)
+            with self._arithmetic(images.device):
+                encoded = self.vae.encode(images)
         if self.is_random:
             return encoded.latent_dist.mean.float(), encoded.latent_dist.std.float()
         return encoded.latents.float(), None
@@ -184,11 +198,12 @@ class AutoencoderCodec(_Normalised):
     def decode(self, latents: Tensor) -> Tensor:
         hook = getattr(self.vae, "_hf_hook", None)  # of an offloaded one: it computes elsewhere than it lies
         device = self.vae.device if hook is None else hook.execution_device
-        z = self._denormalise(latents.float()).to(device, self.vae.dtype)
+        z = self._denormalise(latents.float()).to(device)
         slicing, tiling = self.vae.use_slicing, self.vae.use_tiling
         self.vae.enable_slicing()  # a grid of 72 pictures at once would take 13 GB at 256 px
         try:
-            with self._arithmetic(z.device):
+            with self._wide_enough(), self._arithmetic(z.device):
+                z = z.to(self.vae.dtype)
                 images = self._decode(z)
                 if images is None:  # not even one picture fits: slower, in tiles
                     torch.cuda.empty_cache()

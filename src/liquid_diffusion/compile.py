@@ -7,7 +7,7 @@ What is rewritten, all of it exactly:
 
 - time embedding, label embedding, and every linear layer behind them become a table of vectors, a row for each
   (time, label);
-- where all pictures have one condition, slope and offset of the gate, scale and shift of the modulation become weight
+- where all pictures share one condition, slope and offset of the gate, scale and shift of the modulation become weight
   and bias of the norms, and the rows of the table are multiplied into the convolutions, which add to the residual
   stream themselves;
 - the three depthwise kernels become one; of the two heads one is multiplied into the other by its convolution;
@@ -38,6 +38,13 @@ if TYPE_CHECKING:  # of a bundled pipeline the model's classes are in another fi
     from liquid_diffusion.models.liquid import LiquidBlock
     from liquid_diffusion.models.unet import LiquidUNet
 
+# What a model consists of that is rewritten here: of this package by name, since a bundle's are other classes
+_OWN_PARTS = frozenset({
+    "LiquidUNet", "ConditionEmbedding", "ConditionLinear", "LiquidBlock", "ParallelCfC", "MultiScaleSpatialMix",
+    "Downsample", "Join", "ChannelNorm",
+})  # fmt: skip
+_TORCH_PARTS = (nn.ModuleList, nn.Conv2d, nn.Linear, nn.Embedding)
+
 # Of one tensor at the finest stage, in a part of a batch. Eight pictures of tiny at 128 x 128 latents took 498, 478 and
 # 476 ms in parts of two, four and eight (4, 8 and 16 MiB), of base 1727, 1751 and 1855 (8, 16 and 32 MiB), and of base
 # at 64 x 64 460, 398 and 378 (2, 4 and 8 MiB).
@@ -45,13 +52,16 @@ _PART_BYTES = 8 * 2**20
 # A weight is multiplied, and brought into oneDNN's layout, in the time in which a pass does so many numbers: at tiny's
 # coarsest stage, 8 pictures of 8 x 8, folding took 150 us and the pass 130; at the one above it 110 and 170.
 _WEIGHT_BY_NUMBER = 4
+# Of the table that are computed at once, always as many: a matrix product rounds a row in another way among others, and
+# a picture is to be the same in a batch of any size.
+_ROWS = 32
 
 
-def _modulated_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """``scale norm(x) + shift``, in one pass where one scale (1, C, 1, 1) serves all of x (B, C, H, W)."""
-    if len(scale) > 1:
-        return torch.addcmul(shift, channel_norm(x), scale)
-    return channel_norm(x, scale.flatten(), shift.flatten())
+def _modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, shared: bool) -> Tensor:
+    """``scale norm(x) + shift``, in one pass where one scale (1, C, 1, 1) is shared by all of x (B, C, H, W)."""
+    if shared:
+        return channel_norm(x, scale.flatten(), shift.flatten())
+    return torch.addcmul(shift, channel_norm(x), scale)
 
 
 def _pool(u: Tensor) -> Tensor:
@@ -136,17 +146,17 @@ class _Convolution:
             z, factor, weight, self.bias, *self._geometry, "mul", None, None, [], None
         )
 
-    def folds(self, z: Tensor, scale: Tensor) -> bool:
-        """Whether to multiply a scale (B, C', 1, 1) into the weights: one for all pictures, and cheaper than a pass."""
-        return z.device.type == "cpu" and len(scale) == 1 and _WEIGHT_BY_NUMBER * self.weight.numel() < z.numel()
+    def folds(self, z: Tensor) -> bool:
+        """Whether it is cheaper to multiply a scale into the weights than to pass over what comes out."""
+        return z.device.type == "cpu" and _WEIGHT_BY_NUMBER * self.weight.numel() < z[0].numel()
 
     def add_to(self, x: Tensor, z: Tensor) -> Tensor:
         """``x <- x + conv(z)``, which is returned."""
         return self._add_to(x, z, self._weight_for(z), self.bias)
 
-    def add_scaled_to(self, x: Tensor, z: Tensor, scale: Tensor) -> Tensor:
-        """``x <- x + scale conv(z)``, which is returned."""
-        if not self.folds(z, scale):
+    def add_scaled_to(self, x: Tensor, z: Tensor, scale: Tensor, shared: bool) -> Tensor:
+        """``x <- x + scale conv(z)``, which is returned; of a scale (B, C', 1, 1), or (1, C', 1, 1) that is shared."""
+        if not (shared and self.folds(z)):
             return x.addcmul_(self(z), scale)
         scale = scale.flatten()
         return self._add_to(x, z, self.weight * scale[:, None, None, None], self.bias * scale)
@@ -159,19 +169,31 @@ class _Convolution:
         )
 
 
-class _FoldedBlock:
-    """A `LiquidBlock` for the conditions (R, T) that will be met, whose table (R, sum of the widths) joins `tables`."""
+def _conditions(model: LiquidUNet, t: Tensor, labels: Tensor | None) -> Tensor:
+    """Embeddings (R, T) of all labels at all times, those of one time together.
 
-    def __init__(self, block: LiquidBlock, conditions: Tensor, dtype: torch.dtype, tables: list[Tensor]) -> None:
-        cfc, mix = block.cfc, block.mix
-        channels = cfc.project.out_channels
-        slope, offset = (
-            part[:, :, 0, 0].expand(len(conditions), channels) for part in cfc.slope_and_offset(conditions)
-        )  # (R, C) each
+    The last one is there again and again, until there are as many as a multiple of _ROWS.
+    """
+    times = t if labels is None else t.repeat_interleave(len(labels))
+    classes = None if labels is None else labels.repeat(len(t))
+    rows = torch.arange(-(-len(times) // _ROWS) * _ROWS, device=t.device).clamp_max(len(times) - 1)
+    met = [model.condition(times[some], None if classes is None else classes[some]) for some in rows.split(_ROWS)]
+    return torch.cat(met)
+
+
+class _FoldedBlock:
+    """A `LiquidBlock` for the conditions (R, T) that will be met, whose table (R, sum of the widths) joins `tables`.
+
+    Whether they are `shared`, one by all pictures at once, decides how it computes. That a batch has only one picture
+    does not: it is to be the same in a batch of many.
+    """
+
+    def __init__(
+        self, block: LiquidBlock, conditions: Tensor, shared: bool, dtype: torch.dtype, tables: list[Tensor]
+    ) -> None:
+        cfc, mix, self.shared = block.cfc, block.mix, shared
         self.relaxed = cfc.relaxation == "liquid"
-        take = 1 - cfc.alpha(conditions) if self.relaxed else cfc.output_gate(conditions)  # (R, C)
-        scale, shift, output = block.modulation(conditions).chunk(3, dim=1)  # (R, C) each
-        rows = torch.stack([slope, offset, take, 1 + scale, shift, output], 1)  # (R, 6, C)
+        rows = torch.cat([self._rows(block, some) for some in conditions.split(_ROWS)])  # (R, 6, C)
         tables.append(rows.flatten(1).to(dtype))
         weights, biases = [cfc.heads.weight], [cast("Tensor", cfc.heads.bias)]
         if cfc.gate != "none":
@@ -187,21 +209,30 @@ class _FoldedBlock:
         self.pool_gate = _Convolution(pool.weight[:, :, None, None], pool.bias, dtype)
         self.project = _Convolution.of(mix.project, dtype)
 
+    @staticmethod
+    def _rows(block: LiquidBlock, conditions: Tensor) -> Tensor:
+        """What the block takes of some conditions (_ROWS, T): (_ROWS, 6, C)."""
+        cfc = block.cfc
+        slope, offset = (part[:, :, 0, 0].expand(_ROWS, -1) for part in cfc.slope_and_offset(conditions))  # (_ROWS, C)
+        take = 1 - cfc.alpha(conditions) if cfc.relaxation == "liquid" else cfc.output_gate(conditions)
+        scale, shift, output = block.modulation(conditions).chunk(3, dim=1)
+        return torch.stack([slope, offset, take, 1 + scale, shift, output], 1)
+
     def __call__(self, x: Tensor, vectors: Tensor) -> Tensor:
         """x (B, C, H, W), which is overwritten, and the rows of the table for its pictures, or one for all."""
         slope, offset, take, scale, shift, output = vectors[..., None, None].chunk(6, dim=1)  # (B or 1, C, 1, 1) each
-        u = _modulated_norm(x, slope, offset)
+        u = _modulated_norm(x, slope, offset, self.shared)
         z = self.gate(u)
         for value in self.value:  # none where there is no gate
             z = value.times(u, z)
         if self.relaxed:
             x.lerp_(self.out(z), take)
         else:
-            self.out.add_scaled_to(x, z, take)
+            self.out.add_scaled_to(x, z, take, self.shared)
 
-        u = _modulated_norm(x, scale, shift)
+        u = _modulated_norm(x, scale, shift, self.shared)
         pooled = self.pool_gate(_pool(u)).sigmoid_()
-        return self.project.add_scaled_to(x, self.depthwise(u).mul_(pooled), output)
+        return self.project.add_scaled_to(x, self.depthwise(u).mul_(pooled), output, self.shared)
 
 
 class _FoldedJoin:
@@ -256,21 +287,26 @@ class CompiledVelocity:
         self.steps = torch.arange(len(self._step), device=self.device)
         t = torch.tensor(sorted(set(times)), device=self.device)
         classes = model.config["num_classes"]
-        if labels is None and classes:
-            labels = torch.full((1,), classes, device=self.device)  # broadcast over any batch
         self.guided = guidance != 1.0 and labels is not None and bool(classes)
+        shared = labels is None or not labels.dim()
+        if labels is None and classes:
+            labels = torch.tensor(classes, device=self.device)
+        if labels is not None and shared:
+            labels = labels[None]
+        self.any_batch = shared
         if labels is None:
-            conditions = model.condition(t)
+            classes_met = None
             self.rows = torch.zeros(1, dtype=torch.long, device=self.device)
             self.labels_per_step = 1
         else:
             wanted = torch.cat([labels, torch.full_like(labels, classes)]) if self.guided else labels
-            unique, self.rows = wanted.unique(return_inverse=True)
-            self.labels_per_step = len(unique)
-            conditions = model.condition(t.repeat_interleave(len(unique)), unique.repeat(len(t)))
+            classes_met, self.rows = wanted.unique(return_inverse=True)
+            self.labels_per_step = len(classes_met)
+        conditions = _conditions(model, t, classes_met)
 
         def blocks(stage: nn.Module) -> list[_FoldedBlock]:
-            return [_FoldedBlock(cast("LiquidBlock", block), conditions, dtype, tables) for block in stage.children()]
+            how = (conditions, shared and not self.guided, dtype, tables)
+            return [_FoldedBlock(cast("LiquidBlock", block), *how) for block in stage.children()]
 
         tables: list[Tensor] = []  # in the order in which the blocks are run
 
@@ -301,9 +337,9 @@ class CompiledVelocity:
         if step is None:
             raise ValueError(f"t = {float(t[0])} is not of the schedule that the model was compiled for")
         batch = 2 * len(x) if self.guided else len(x)
-        if len(self.rows) not in (1, 2 * self.guided, batch):
+        if not self.any_batch and len(self.rows) != batch:
             raise ValueError(f"compiled for a batch of {len(self.rows)} pictures, called with {batch}")
-        if self.labels_per_step == 1:
+        if self.any_batch and not self.guided:
             rows = self.steps[step : step + 1]
         else:
             rows = (step * self.labels_per_step + self.rows).repeat_interleave(batch // len(self.rows))
@@ -351,6 +387,19 @@ class CompiledVelocity:
         return self.head(F.silu(self.norm(x), inplace=True))
 
 
+def can_be_compiled(model: nn.Module) -> bool:
+    """Whether a model computes what its weights say and nothing else: no hook, no part that somebody put in or around.
+
+    What is rewritten reads the weights and calls no part, so that hooks, adapters and offloading would do nothing.
+    """
+    model = getattr(model, "_orig_mod", model)  # of one that torch.compile has
+    return all(
+        (type(part) in _TORCH_PARTS or type(part).__name__ in _OWN_PARTS)
+        and not (part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part))
+        for part in model.modules()
+    )
+
+
 @torch.no_grad()
 def compile_for_sampling(
     model: LiquidUNet,
@@ -364,7 +413,8 @@ def compile_for_sampling(
     Args:
         model: left as it is.
         timesteps: the times in [0, 1] at which the solver will ask, see `sampling.solver_times`.
-        labels: (B,) int64, one for each picture; one for any number of pictures; or None for the null label.
+        labels: (B,) int64, one for each picture; () one for any number of pictures, which is a little faster; or None
+            for the null label.
         guidance: classifier-free guidance; 1 is none.
         dtype: None for `fastest_dtype`; float32 equals the model to rounding.
     """

@@ -111,7 +111,7 @@ def model_card(pipeline: LiquidDiffusionPipeline, run: Path, name: str) -> Model
     place = "in the latents of an autoencoder, which is in this repository too" if pipeline.vae else "on pixels"
     size = pipeline.config["image_size"]
     pixels = f"{size} x {size}" if isinstance(size, int) else " x ".join(map(str, size))
-    call = f'pipe(batch_size=4, class_labels="{names[0]}").images' if names else "pipe(batch_size=4).images"
+    wish = f", class_labels={json.dumps(names[0], ensure_ascii=False)}" if names else ""
     body = [
         f"# {name.rsplit('/', maxsplit=1)[-1]}",
         "",
@@ -129,7 +129,7 @@ def model_card(pipeline: LiquidDiffusionPipeline, run: Path, name: str) -> Model
         "from diffusers import DiffusionPipeline",
         "",
         f'pipe = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)',
-        f"images = {call}",
+        f"images = pipe(batch_size=4{wish}).images",
         "```",
         "",
         "With the package liquid-diffusion, which does not:",

@@ -50,8 +50,10 @@ def complete(folder: Path, pipeline: type, unet: type, label_names: list[str]) -
         # by number: of a list there diffusers believes, on the Hub only, that it names a part and its class
         label_names={str(i): name for i, name in enumerate(label_names)},
     )
-    for config in folder.glob("*/config.json"):
-        _change(config)
+    for part in ("unet", "vae"):  # others beside them may be anybody's
+        if (folder / part / "config.json").is_file():
+            _change(folder / part / "config.json")
+    (folder / "unet").mkdir(exist_ok=True)  # where the configuration alone is saved
     (folder / "pipeline.py").write_text(standalone(pipeline), encoding="utf-8")
     (folder / "unet" / f"{MODEL_FILE}.py").write_text(standalone(unet), encoding="utf-8")
 

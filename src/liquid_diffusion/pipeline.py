@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from liquid_diffusion.codecs import AutoencoderCodec, Codec, PixelCodec
-from liquid_diffusion.compile import compile_for_sampling
+from liquid_diffusion.compile import can_be_compiled, compile_for_sampling
 from liquid_diffusion.config import GUIDANCE, STEPS
 from liquid_diffusion.data.transforms import to_pil
 from liquid_diffusion.errors import UserError
@@ -92,7 +92,8 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
     def save_config(self, save_directory: str, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write model_index.json, and the code that a program without this package needs."""
         super().save_config(save_directory)
-        complete(Path(save_directory), type(self), type(self.unet), self.config["label_names"])
+        unet = getattr(self.unet, "_orig_mod", self.unet)  # of a compiled one, as diffusers saves it
+        complete(Path(save_directory), type(self), type(unet), self.config["label_names"])
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> LiquidDiffusionPipeline:
@@ -121,6 +122,17 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
                 source = snapshot_download(source, allow_patterns=["*.json", "*.safetensors"], **wanted)
             kwargs = {"use_safetensors": True, **kwargs, "trust_remote_code": False}
         return super().from_pretrained(source, **kwargs)
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> LiquidDiffusionPipeline:
+        """A pipeline of the same parts and settings, as diffusers' `DiffusionPipeline.from_pipe`.
+
+        Args:
+            pipeline: whose parts are shared.
+            kwargs: parts and settings that are others.
+        """
+        # diffusers compares the class of each part with what `__init__` says, which can't name a bundle's model
+        return super().from_pipe(pipeline, **{"unet": pipeline.components["unet"], **kwargs})
 
     @classmethod
     def load_config(cls, pretrained_model_name_or_path: str, **kwargs: Any) -> Any:
@@ -349,7 +361,7 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
         return solver_times(self.scheduler, steps, device)
 
     def _velocity(self, times: list[float], labels: Tensor | None, guidance: float) -> Velocity:
-        if hasattr(self.unet, "_hf_hook"):  # offloaded weights are on the device only while the model is called
+        if not can_be_compiled(self.unet):
 
             def unet(x: Tensor, *condition: Tensor) -> Any:
                 return self.unet(x.to(self.unet.dtype), *condition)

@@ -80,7 +80,9 @@ def for_flow(scheduler: SchedulerMixin) -> SchedulerMixin:
     if "use_flow_sigmas" in known:
         if config["use_flow_sigmas"] and config["prediction_type"] == "flow_prediction":
             return scheduler
-        return kind(**{**{name: config[name] for name in known if name in config}, **_MULTISTEP})
+        shift = config["flow_shift"] if config["flow_shift"] != 1 else config.get("shift", 1.0)  # of a flow scheduler
+        own = {name: config[name] for name in known if name in config}
+        return kind(**{**own, **_MULTISTEP, "flow_shift": shift})
     if kind.__name__.startswith("FlowMatch"):
         return scheduler
     raise UserError(

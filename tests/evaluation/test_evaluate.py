@@ -15,10 +15,12 @@ from PIL import Image, PngImagePlugin
 
 from liquid_diffusion.cli import main
 from liquid_diffusion.codecs import PixelCodec
-from liquid_diffusion.config import TrainConfig
+from liquid_diffusion.config import EvaluateConfig, TrainConfig
 from liquid_diffusion.data.split import is_held_out
 from liquid_diffusion.data.transforms import to_float
+from liquid_diffusion.evaluation.evaluate import draw_samples
 from liquid_diffusion.evaluation.reference import pictures_of_run
+from liquid_diffusion.pipeline import LiquidDiffusionPipeline
 from liquid_diffusion.training.trainer import Trainer
 
 Capture = pytest.CaptureFixture[str]
@@ -82,6 +84,30 @@ def test_evaluate(run: Path, tmp_path: Path, capsys: Capture) -> None:
     everything = json.loads(capsys.readouterr().out)
     assert everything["reference_pictures"] == 24
     assert "real" not in everything
+
+
+@pytest.mark.parametrize(("names", "known"), [(("Dark", "bright"), True), (("dark", "green"), False)])
+def test_samples_have_the_classes_of_the_reference(
+    run: Path, pictures: Path, tmp_path: Path, names: tuple[str, str], known: bool,
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture,
+) -> None:  # fmt: skip
+    """In its proportions, whatever the case of their names; equally often, which is said, where it has others."""
+    for name, own, count in zip(names, ("dark", "bright"), (9, 3), strict=True):
+        (tmp_path / "other" / name).mkdir(parents=True)
+        for path in sorted((pictures / own).iterdir())[:count]:
+            shutil.copy(path, tmp_path / "other" / name)
+    wanted: list[torch.Tensor | None] = []
+
+    def drawn(pipeline: LiquidDiffusionPipeline, labels: torch.Tensor | None, config: EvaluateConfig) -> torch.Tensor:
+        wanted.append(labels)
+        return draw_samples(pipeline, labels, config)
+
+    monkeypatch.setattr("liquid_diffusion.evaluation.evaluate.draw_samples", drawn)
+    arguments = ["--n", "12", "--steps", "1", "--reference", str(tmp_path / "other"), "--out", str(tmp_path / "f.json")]
+    assert main(["evaluate", str(run), *arguments]) == 0
+    assert wanted[0] is not None
+    assert wanted[0].bincount().tolist() == ([3, 9] if known else [6, 6])  # bright, dark
+    assert ("does not know the classes of the reference" in capsys.readouterr().out) is not known
 
 
 def test_figures_lie_where_the_model_card_looks_for_them(run: Path, capsys: Capture) -> None:

@@ -124,3 +124,14 @@ def test_held_out_pictures_count_as_often_as_their_class_is_drawn() -> None:
     assert Nearness.of(distances, distances[some]).ratio == pytest.approx(5.3 / 1.8, rel=0.1)
     same = Nearness.of(distances, distances[some], class_weights(kinds[some], kinds))
     assert same.ratio == pytest.approx(1, abs=0.03)
+
+
+def test_features_that_can_not_be_kept_are_computed(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    dataset, extractor = PictureDataset(open_source(str(photos)), 16), MeanColours()
+    cached = CachedFeatures(extractor, CPU, tmp_path / "file" / "cache")
+    torch.testing.assert_close(cached.of(dataset), cached.of(dataset), atol=0, rtol=0)
+    assert extractor.seen == 2 * 24
+    assert capsys.readouterr().err.count("can't be kept in") == 1

@@ -180,3 +180,9 @@ def test_state_dict_keys_are_frozen() -> None:
     assert tops == {
         "condition", "stem", "encoder", "downsamples", "bottleneck", "joins", "decoder", "norm", "head"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("switch", [{"gate": "Static"}, {"gate": None}, {"relaxation": "None"}])
+def test_research_switches_are_spelt_right(switch: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="is none of liquid"):
+        small_model(**switch)

@@ -133,6 +133,18 @@ def _memory(
     return facts, draw_pairs(pictures[worst], to_float(torch.stack(originals)))
 
 
+def _wanted_classes(pipeline: LiquidDiffusionPipeline, reference: PictureDataset) -> Tensor | None:
+    """The classes (N,) of the pictures of a reference by the model's numbers; None where it does not know them all."""
+    names = reference.label_names
+    if not names:
+        return None
+    try:
+        numbers = pipeline.labels(names, len(names))
+    except UserError:
+        return None
+    return None if numbers is None else numbers.cpu()[labels_of(reference)]
+
+
 def measure(run: str | None, config: EvaluateConfig) -> tuple[dict[str, Any], Image.Image | None]:
     """Figures of a run as JSON-able facts, and the pairs of samples and training pictures that are nearest.
 
@@ -156,10 +168,9 @@ def measure(run: str | None, config: EvaluateConfig) -> tuple[dict[str, Any], Im
         )
     cached = CachedFeatures(extractor, device)
 
-    labels = None
+    labels, wanted = None, _wanted_classes(pipeline, reference)
     if names:
-        same = reference.label_names == names
-        labels = spread_labels(labels_of(reference) if same else torch.arange(len(names)), config.n, config.seed)
+        labels = spread_labels(torch.arange(len(names)) if wanted is None else wanted, config.n, config.seed)
     guidance = pipeline.config["guidance"] if config.guidance is None else config.guidance
     samples = draw_samples(pipeline, labels, config)
     batches = tqdm(samples.split(32), desc="Features of samples", unit="batch", leave=False, delay=2)
@@ -170,6 +181,7 @@ def measure(run: str | None, config: EvaluateConfig) -> tuple[dict[str, Any], Im
         "step": last_step(Path(folder).expanduser()),
         "samples": {name: value for name, value in asdict(config).items() if name != "out"} | {"guidance": guidance},
         "reference_pictures": len(reference),
+        "classes_as_in_reference": wanted is not None,
         **compare(real, features),
     }
     if known is None:

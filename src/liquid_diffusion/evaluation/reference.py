@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,7 @@ class CachedFeatures:
         self.extractor, self.device = extractor, device
         self.folder = folder or cache_folder()
         self._identity = extractor.identity()
+        self._told = False  # that they can't be kept
 
     def of(self, dataset: PictureDataset, mirrored: bool = False) -> Tensor:
         """Features (N, D) of the pictures of a set, or of their mirror images."""
@@ -118,10 +120,11 @@ class CachedFeatures:
             partial = path.with_suffix(f".{os.getpid()}")
             save_file({"features": features}, partial)
             os.replace(partial, path)
-        except OSError as error:
-            raise UserError(
-                f"Features can't be kept in {self.folder} ({error.strerror}); set XDG_CACHE_HOME to another folder."
-            ) from error
+        except (OSError, SafetensorError) as error:
+            if not self._told:
+                words = f"Features can't be kept in {self.folder} ({error}), so they are computed each time."
+                tqdm.write(words, sys.stderr)
+            self._told = True
         return features
 
 

@@ -43,6 +43,8 @@ def table(facts: dict[str, Any]) -> str:
     rows = [["", "samples", *(["training pictures"] if real else [])]]
     rows += [[words, samples[key], *([real[key]] if real else [])] for words, key in _ROWS]
     lines += _aligned(rows)
+    if "class_agreement" in facts and not facts["classes_as_in_reference"]:
+        lines.append("(the model does not know the classes of the reference: each of its own was drawn equally often)")
     lines.append(f"(Frechet distance, precision and recall at {facts['fd_pictures']} pictures a side)")
     if "class_agreement" in facts:
         unseen = facts.get("class_accuracy_held_out")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -41,12 +42,13 @@ class LiquidUNet(ModelMixin, ConfigMixin):
         relaxation: "liquid", or for research "none".
 
     Raises:
-        ValueError: `widths` and `depths` differ in length.
+        ValueError: `widths` and `depths` differ in length, or there is no such gate or relaxation.
     """
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ["LiquidBlock"]
     _repeated_blocks = ["LiquidBlock"]  # what `compile_repeated_blocks` compiles
+    _skip_layerwise_casting_patterns = ("condition", "norm")  # once for a picture, and wanted as it is
 
     @register_to_config
     def __init__(
@@ -63,6 +65,9 @@ class LiquidUNet(ModelMixin, ConfigMixin):
         super().__init__()
         if len(widths) != len(depths):
             raise ValueError(f"widths {tuple(widths)} and depths {tuple(depths)} differ in length")
+        for value, known in ((gate, get_args(Gate)), (relaxation, get_args(Relaxation))):
+            if value not in known:
+                raise ValueError(f"{value!r} is none of {', '.join(known)}")
         embedding = condition_channels or 4 * widths[0]
 
         def blocks(width: int, depth: int) -> nn.ModuleList:
