@@ -127,6 +127,8 @@ def test_a_folder_with_a_card_of_its_own_keeps_it(little_hub: LittleHub, trained
     (tmp_path / "packed" / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n# Written by hand\n")
     assert main(["export", str(tmp_path / "packed"), "--to", "hub", "--out", "somebody/packed"]) == 0
     assert "# Written by hand" in ModelCard.load("somebody/packed").content
+    assert main(["export", "--to", "hub", "--out", "somebody/emoji"]) == 0  # what comes with the package is one too
+    assert "copyright Twitter" in ModelCard.load("somebody/emoji").content
 
 
 @pytest.mark.parametrize("steps", ["1", "2"])

@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from liquid_diffusion.errors import UserError
 from liquid_diffusion.loading import find_run, load_pipeline
 from liquid_diffusion.model_card import GRID, latest_grid, model_card
+from liquid_diffusion.model_index import INDEX
 from liquid_diffusion.pipeline import LiquidDiffusionPipeline
 
 
@@ -85,11 +86,11 @@ def publish(run: str | None, repo: str, private: bool = False) -> str:
 def write_model_folder(pipeline: LiquidDiffusionPipeline, run: Path, repo: str, folder: Path) -> None:
     """What a repository holds: the pipeline, README.md and the newest grid of the run.
 
-    A pipeline folder that is no run and has a card of its own keeps that.
+    A pipeline folder that has a card of its own keeps that.
     """
     pipeline.save_pretrained(str(folder))
     own = run / "README.md"
-    if own.is_file() and not (run / "config.yaml").is_file():
+    if own.is_file() and (run / INDEX).is_file():
         shutil.copyfile(own, folder / "README.md")
     else:
         model_card(pipeline, run, repo).save(folder / "README.md")

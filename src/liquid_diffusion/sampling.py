@@ -94,7 +94,7 @@ def for_flow(scheduler: SchedulerMixin) -> SchedulerMixin:
 def seeded_generators(seed: int, count: int) -> list[torch.Generator]:
     """A generator for each picture, seeded seed, seed + 1, ...
 
-    On the CPU, so that a seed means the same picture on every device and in a batch of any size.
+    On the CPU, so that a seed means the same noise on every device and in a batch of any size.
     """
     return [torch.Generator().manual_seed(seed + i) for i in range(count)]
 

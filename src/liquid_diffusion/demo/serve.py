@@ -45,10 +45,12 @@ def _gradio() -> Any:
     return gradio
 
 
-def _number(value: float | None, name: str) -> int:
-    if value is None or value != int(value):
-        raise UserError(f"{name} must be a whole number.")
-    return int(value)
+def _whole_number(value: Any, name: str) -> int:
+    """What a widget has; a program that calls the page may send anything."""
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        if value == int(value):
+            return int(value)
+    raise UserError(f"{name} must be a whole number.")
 
 
 def _with_messages(gr: Any, work: Callable[..., Any]) -> Callable[..., Iterator[Any]]:
@@ -98,12 +100,12 @@ class Demo:
             UserError: a value is none.
         """
         return SampleConfig(
-            n=_number(n, "The number of pictures"),
-            steps=_number(steps, "Steps"),
+            n=_whole_number(n, "The number of pictures"),
+            steps=_whole_number(steps, "Steps"),
             solver=solver,
             label=None if label in (None, _ALL) else label,
             guidance=float(guidance),
-            seed=_number(seed, "The seed"),
+            seed=_whole_number(seed, "The seed"),
         )
 
     def classes(self, config: SampleConfig) -> list[str]:
@@ -152,8 +154,8 @@ class Demo:
     ) -> str:
         """The way between two seeds, as HTML."""
         config = self.request(label, seed, steps, guidance, solver)
-        other = _number(other_seed, "The other seed")
-        pictures = drawing.morph(self.pipeline, config, other, _number(frames, "The number of pictures"))
+        other = _whole_number(other_seed, "The other seed")
+        pictures = drawing.morph(self.pipeline, config, other, _whole_number(frames, "The number of pictures"))
         return page.morph_strip(pictures, f"{self._start(config)} to seed {other}")
 
     def history(self) -> tuple[list[tuple[Image.Image, str]], Any]:
