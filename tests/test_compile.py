@@ -4,9 +4,12 @@ import sys
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from accelerate.state import AcceleratorState
 from torch import Tensor
 
-from liquid_diffusion.compile import compile_for_sampling
+from liquid_diffusion.compile import can_be_compiled, compile_for_sampling
 from liquid_diffusion.config import SOLVERS
 from liquid_diffusion.models.unet import LiquidUNet
 from liquid_diffusion.presets import PRESETS
@@ -125,6 +128,22 @@ def test_a_picture_does_not_depend_on_its_batch(
         assert torch.equal(velocity(slice(start, stop)), whole[start:stop])
     monkeypatch.setattr(sys.modules[compile_for_sampling.__module__], "_PART_BYTES", 2 * 96 * 16**2 * dtype.itemsize)
     assert torch.equal(velocity(slice(None)), whole)
+
+
+def test_what_is_rewritten_is_the_model_and_nothing_else() -> None:
+    """accelerate's mixed precision, and hooks that were taken away again, change nothing that a model computes."""
+    model = small()
+    assert can_be_compiled(model)
+    assert can_be_compiled(torch.compile(model))  # type: ignore[arg-type]
+    add_hook_to_module(model, ModelHook())
+    assert not can_be_compiled(model)
+    remove_hook_from_module(model)
+    assert can_be_compiled(model)
+    AcceleratorState._reset_state()
+    assert can_be_compiled(Accelerator(mixed_precision="bf16").prepare(model))
+    AcceleratorState._reset_state()
+    model.bottleneck[0].forward = lambda x, condition: x  # type: ignore[method-assign]
+    assert not can_be_compiled(model)
 
 
 def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:

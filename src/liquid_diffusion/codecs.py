@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from liquid_diffusion.errors import UserError, is_out_of_memory
 from liquid_diffusion.hardware import fastest_dtype
@@ -150,16 +150,20 @@ class AutoencoderCodec(_Normalised):
 
     @contextlib.contextmanager
     def _wide_enough(self) -> Iterator[None]:
-        """Within it float16 weights whose activations would overflow are float32, as the autoencoder asks for."""
-        upcast = self.vae.dtype == torch.float16 and self.vae.config.get("force_upcast")
-        if not upcast or self.vae.device.type == "meta":  # offloaded piece by piece: the weights are not there now
+        """Within it float16 weights whose activations would overflow are float32, as the autoencoder asks for.
+
+        Not where diffusers or accelerate have the weights in their own hands: elsewhere, or in other dtypes.
+        """
+        half = all(weight.dtype == torch.float16 for weight in self.vae.parameters())
+        managed = self.vae.device.type == "meta" or any(hasattr(p, "_diffusers_hook") for p in self.vae.modules())
+        if not half or managed or not self.vae.config.get("force_upcast"):
             yield
             return
-        self.vae.to(torch.float32)
+        nn.Module.to(self.vae, torch.float32)  # not by its own method, which warns of what it is not asked for
         try:
             yield
         finally:
-            self.vae.to(torch.float16)
+            nn.Module.to(self.vae, torch.float16)
 
     @torch.no_grad()
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor | None]:

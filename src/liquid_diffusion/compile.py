@@ -395,9 +395,15 @@ def can_be_compiled(model: nn.Module) -> bool:
     model = getattr(model, "_orig_mod", model)  # of one that torch.compile has
     return all(
         (type(part) in _TORCH_PARTS or type(part).__name__ in _OWN_PARTS)
-        and not (part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part))
+        and not (part._forward_hooks or part._forward_pre_hooks or _has_other_forward(part))
         for part in model.modules()
     )
+
+
+def _has_other_forward(part: nn.Module) -> bool:
+    """Whether somebody put another method in the place of its class's; accelerate's mixed precision keeps that."""
+    forward = vars(part).get("_original_forward", vars(part).get("forward"))
+    return forward is not None and getattr(forward, "__func__", None) is not type(part).forward
 
 
 @torch.no_grad()

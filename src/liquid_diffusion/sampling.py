@@ -80,9 +80,12 @@ def for_flow(scheduler: SchedulerMixin) -> SchedulerMixin:
     if "use_flow_sigmas" in known:
         if config["use_flow_sigmas"] and config["prediction_type"] == "flow_prediction":
             return scheduler
-        shift = config["flow_shift"] if config["flow_shift"] != 1 else config.get("shift", 1.0)  # of a flow scheduler
-        own = {name: config[name] for name in known if name in config}
-        return kind(**{**own, **_MULTISTEP, "flow_shift": shift})
+        own = {name: config[name] for name in known if name in config} | _MULTISTEP
+        if config.get("flow_shift", 1.0) != 1:
+            own["flow_shift"] = config["flow_shift"]
+        elif "shift" in config:  # of the flow scheduler that its configuration came from
+            own["flow_shift"] = config["shift"]
+        return kind(**own)
     if kind.__name__.startswith("FlowMatch"):
         return scheduler
     raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,18 +44,22 @@ def writing_to(place: Path) -> Iterator[None]:
 def claim(folder: Path) -> BaseFileLock:
     """A folder for this process alone, as long as it keeps what is returned; it may claim it again.
 
+    Where the file system has no locks nobody is kept out.
+
     Raises:
         UserError: another process has it.
+        OSError: the folder can't be written to.
     """
-    lock = FileLock(folder / LOCK, is_singleton=True, thread_local=False)
+    lock = FileLock(folder / LOCK, is_singleton=True, thread_local=False, fallback_to_soft=False)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise UserError(
-            f"Another process is writing to {folder}: wait until it has ended, or choose another folder."
+            f"Another process, perhaps a notebook, trains or encodes in {folder}: end it, or choose another folder."
         ) from error
-    except NotImplementedError:
-        pass  # a file system that has no locks
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise
     return lock
 
 

@@ -81,9 +81,15 @@ def test_classes_below_a_folder_that_all_share(photos: Path, tmp_path: Path, cap
     assert source.label_names == ["cat", "dog"]
     assert [source.read(i)[1] for i in range(24)] == [open_source(str(photos)).read(i)[1] for i in range(24)]
     assert capsys.readouterr().err == ""
-    shutil.copytree(photos, tmp_path / "data" / "all" / "test")
-    assert open_source(str(tmp_path / "data")).label_names == ["test", "train"]
-    assert "The classes of" in capsys.readouterr().err
+    for other in ("test", "val"):
+        shutil.copytree(photos, tmp_path / "data" / "all" / other)
+    assert open_source(str(tmp_path / "data")).label_names == ["test", "train", "val"]
+    below = tmp_path / "data" / "all"
+    remark = f"The classes of {below} are test, train, val; --data {below / 'train'} takes those to train on alone.\n"
+    assert capsys.readouterr().err == remark
+    shutil.copy(photos / "cat" / "01.png", below / "loose.png")
+    assert open_source(str(tmp_path / "data")).label_names == []
+    assert f"{below} has no classes: 1 of its pictures, loose.png for one, lies beside" in capsys.readouterr().err
 
 
 def test_a_folder_with_metadata_whose_pictures_are_called_as_splits_are(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_samples_have_the_classes_of_the_reference(
     assert main(["evaluate", str(run), *arguments]) == 0
     assert wanted[0] is not None
     assert wanted[0].bincount().tolist() == ([3, 9] if known else [6, 6])  # bright, dark
-    assert ("does not know the classes of the reference" in capsys.readouterr().out) is not known
+    assert ("tells no classes that the model knows" in capsys.readouterr().out) is not known
 
 
 def test_figures_lie_where_the_model_card_looks_for_them(run: Path, capsys: Capture) -> None:

@@ -116,6 +116,8 @@ def test_held_out_pictures_count_as_often_as_their_class_is_drawn() -> None:
     assert near.held_out_median == copied.median()
     assert near.held_out_1st_percentile == 1
     assert class_weights(torch.tensor([0]), torch.tensor([1])).tolist() == [1]  # nothing to go by
+    assert Nearness.of(torch.rand(5), torch.zeros(3)).ratio is None
+    assert Nearness.of(torch.ones(4), torch.tensor([0.0, 0.0, 1.0, 2.0, 3.0])).ratio_standard_error is None
 
     draws = torch.Generator().manual_seed(0)
     kinds = torch.tensor([0] * 300 + [1] * 700)

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import itertools
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -725,11 +728,31 @@ def test_a_run_is_one_process_s_alone(quick: Make, tmp_path: Path) -> None:
         assert other.stdin is not None
         assert other.stdout.readline() == "mine\n"
         before = (tmp_path / "other" / "config.yaml").read_bytes()
-        with pytest.raises(UserError, match=r"Another process is writing to .*other"):
+        with pytest.raises(UserError, match=r"Another process, .*, trains or encodes in .*other"):
             Trainer(quick(out=str(tmp_path / "other"), steps=9))
         assert (tmp_path / "other" / "config.yaml").read_bytes() == before
         other.stdin.close()
-    assert Trainer(quick(out=str(tmp_path / "other"))).step == Trainer(quick(out=str(tmp_path / "other"))).step
+    trainer = Trainer(quick(out=str(tmp_path / "other"), steps=1))
+    assert trainer.step == Trainer(quick(out=str(tmp_path / "other"), steps=1)).step
+    trainer.run()
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "mine\n"  # a training that has ended keeps nobody out
+        other.kill()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EROFS])
+def test_a_folder_that_can_not_be_locked(quick: Make, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Of a network without locks, which is trained in all the same; or one that can only be read, of a finished run."""
+    Trainer(quick(steps=1)).run()
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert Trainer(quick(steps=1)).finished
+    if number == errno.ENOLCK:
+        assert Trainer(quick(steps=2)).run()
 
 
 def test_an_unknown_option_of_a_run_is_named(quick: Make) -> None:

@@ -184,6 +184,8 @@ class Encoding:
         if found is None:
             return
         before, now = ({**plan["settings"], **plan, "settings": None} for plan in (found, self._plan))
+        if found.get("source_listing") is None:  # of a version that did not tell
+            del now["source_listing"]
         if not self._done:  # nothing was rounded yet: the memory may have been too small for the batch of before
             del now["batch_size"]
         for name, value in now.items():

@@ -89,7 +89,7 @@ def _check_unchanged(run: RunConfig, latents: LatentDataset) -> None:
         return
     now, before = len(source), latents.total
     what = f"it had {before} pictures, now {now}" if now != before else "files were renamed, or moved between classes"
-    if now != before or listing_of(source) != latents.listing:
+    if now != before or (latents.listing is not None and latents.listing != listing_of(source)):
         raise UserError(
             f"{run.data} has changed since its latents in {latents.folder} were written: {what}; choose other folders "
             "for the run and its latents to train on what is there now."

@@ -60,7 +60,7 @@ class LatentDataset(Dataset[Item]):
         self.skipped: list[str] = manifest["unreadable"]
         self.held_out: int = manifest["held_out"]
         self.total: int = manifest["source_pictures"]
-        self.listing: str | None = manifest["source_listing"]
+        self.listing: str | None = manifest.get("source_listing")
         self.label_names: list[str] = manifest["label_names"]
         self._statistics: dict[str, list[float]] = manifest["statistics"]
         self._shards: list[dict[str, Any]] = manifest["shards"]

@@ -103,31 +103,42 @@ def decode(content: bytes | None, name: str, shape: Shape | None = None) -> Imag
         raise BadPictureError(f"{name}: {error}") from error
 
 
+def _differing(paths: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Paths from where they differ on: of train/cat/1.png and train/dog/2.png without train."""
+    below = list(paths)
+    while len({parts[0] for parts in below}) == 1 and all(len(parts) > 1 for parts in below):
+        below = [parts[1:] for parts in below]
+    return below
+
+
 def classes_of(paths: Sequence[tuple[str, ...]]) -> tuple[list[str], list[int]]:
     """Classes of pictures by the first folder on their paths in which they differ: names, and each picture's number.
 
     No names where one picture lies in no such folder, or all in the same.
     """
-    while len({parts[0] for parts in paths}) == 1 and all(len(parts) > 2 for parts in paths):  # train/cat, train/dog
-        paths = [parts[1:] for parts in paths]
-    names = sorted({parts[0] for parts in paths}) if all(len(parts) > 1 for parts in paths) else []
+    below = _differing(paths)
+    names = sorted({parts[0] for parts in below}) if all(len(parts) > 1 for parts in below) else []
     if len(names) < 2:
         return [], [0] * len(paths)
     numbers = {name: number for number, name in enumerate(names)}
-    return names, [numbers[parts[0]] for parts in paths]
+    return names, [numbers[parts[0]] for parts in below]
 
 
-def _remark(folder: Path, paths: Sequence[tuple[str, ...]], names: list[str]) -> str | None:
+def _remark(folder: Path, paths: Sequence[tuple[str, ...]]) -> str | None:
     """What a person should know about the classes of pictures at these paths below a folder."""
-    loose = ["/".join(parts) for parts in paths if len(parts) == 1]
-    folders = {parts[0] for parts in paths if len(parts) > 1}
-    if loose and len(folders) > 1:
-        return (
-            f"{folder} has no classes: {len(loose)} of its pictures, {loose[0]} for one, "
-            f"lie{'s' if len(loose) == 1 else ''} beside the sub-folders."
-        )
-    if names and _SPLITS.issuperset(name.lower() for name in names):
-        return f"The classes of {folder} are {', '.join(names)}; --data {folder / names[-1]} would take one of them."
+    below = _differing(paths)
+    here = folder.joinpath(*paths[0][: len(paths[0]) - len(below[0])])
+    loose = [parts[0] for parts in below if len(parts) == 1]
+    folders = sorted({parts[0] for parts in below if len(parts) > 1})
+    if len(folders) < 2:
+        return None
+    if loose:
+        lie = "lies" if len(loose) == 1 else "lie"
+        return f"{here} has no classes: {len(loose)} of its pictures, {loose[0]} for one, {lie} beside the sub-folders."
+    if _SPLITS.issuperset(name.lower() for name in folders):
+        train = next((name for name in folders if name.lower().startswith("train")), None)
+        way = f"; --data {here / train} takes those to train on alone" if train else ""
+        return f"The classes of {here} are {', '.join(folders)}{way}."
     return None
 
 
@@ -161,7 +172,7 @@ class FolderSource:
             raise UserError(f"There are no pictures in {folder}.")
         parts = [path.relative_to(folder).parts for path in self.paths]
         self.label_names, self._labels = classes_of(parts)
-        self.remark = _remark(folder, parts, self.label_names)
+        self.remark = _remark(folder, parts)
 
     def listing(self) -> str:
         """A digest of the names of all pictures below the folder, which tell their classes too."""

@@ -181,7 +181,7 @@ def measure(run: str | None, config: EvaluateConfig) -> tuple[dict[str, Any], Im
         "step": last_step(Path(folder).expanduser()),
         "samples": {name: value for name, value in asdict(config).items() if name != "out"} | {"guidance": guidance},
         "reference_pictures": len(reference),
-        "classes_as_in_reference": wanted is not None,
+        "classes_as_in_reference": wanted is not None if names else None,
         **compare(real, features),
     }
     if known is None:

@@ -45,14 +45,17 @@ class Nearness:
         weights = torch.ones_like(held_out) if weights is None else weights.double()
         median, threshold = (float(_quantile(held_out, weights, share)) for share in (0.5, 0.01))
         nearer = float((samples < threshold).double().mean())
-        draws = torch.Generator().manual_seed(0)
-        ratios = torch.empty(_RESAMPLES, dtype=torch.float64)
-        for i in range(_RESAMPLES):
+        middle = float(samples.median())
+        if median == 0:  # half of what was held out is what was trained on
+            return cls(middle, median, threshold, nearer)
+        draws, ratios = torch.Generator().manual_seed(0), []
+        for _ in range(_RESAMPLES):
             some = torch.randint(len(samples), (len(samples),), generator=draws)
             others = torch.randint(len(held_out), (len(held_out),), generator=draws)
-            ratios[i] = samples[some].median() / _quantile(held_out[others], weights[others], 0.5)
-        middle = float(samples.median())
-        return cls(middle, median, threshold, nearer, middle / median, float(ratios.std()))
+            if weights[others].any():  # else there is nothing to go by
+                ratios.append(samples[some].median() / _quantile(held_out[others], weights[others], 0.5))
+        error = torch.stack(ratios).std()
+        return cls(middle, median, threshold, nearer, middle / median, float(error) if error.isfinite() else None)
 
 
 def class_weights(held_out: Tensor, samples: Tensor) -> Tensor:

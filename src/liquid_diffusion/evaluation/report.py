@@ -43,8 +43,8 @@ def table(facts: dict[str, Any]) -> str:
     rows = [["", "samples", *(["training pictures"] if real else [])]]
     rows += [[words, samples[key], *([real[key]] if real else [])] for words, key in _ROWS]
     lines += _aligned(rows)
-    if "class_agreement" in facts and not facts["classes_as_in_reference"]:
-        lines.append("(the model does not know the classes of the reference: each of its own was drawn equally often)")
+    if facts["classes_as_in_reference"] is False:
+        lines.append("(the reference tells no classes that the model knows: each of its own was drawn equally often)")
     lines.append(f"(Frechet distance, precision and recall at {facts['fd_pictures']} pictures a side)")
     if "class_agreement" in facts:
         unseen = facts.get("class_accuracy_held_out")
@@ -61,7 +61,10 @@ def table(facts: dict[str, Any]) -> str:
             ratio, share = near["ratio"], near["share_of_samples_nearer"]
             told = ["-", "-"]
             if ratio is not None:
-                told = [f"{ratio:.2f} +- {near['ratio_standard_error']:.2f}", f"{share:.1%} of the samples"]
+                error = near["ratio_standard_error"]
+                told[0] = f"{ratio:.2f}" if error is None else f"{ratio:.2f} +- {error:.2f}"
+            if share is not None:
+                told[1] = f"{share:.1%} of the samples"
             rows.append([space, _number(near["samples_median"]), _number(near["held_out_median"]), *told])
         lines += ["", *_aligned(rows)]
         if memory["held_out_weighted_by_class"]:

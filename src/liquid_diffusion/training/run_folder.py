@@ -11,6 +11,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import yaml
+from filelock import BaseFileLock
 from PIL import Image
 from tqdm import tqdm
 
@@ -32,6 +33,7 @@ class RunFolder:
         self._skipped: set[str] = set()
         self._read = 0  # bytes of skipped.jsonl that are known
         self._told = 0  # pictures that were told of
+        self._lock: BaseFileLock | None = None
 
     @property
     def config_file(self) -> Path:
@@ -63,14 +65,18 @@ class RunFolder:
             raise UserError(f"{self.config_file} has an option that is not known here: {unknown[0]}.")
 
     def claim(self) -> None:
-        """Keep other trainings out of a run that is there already, as long as this process lives.
+        """Keep other trainings out of a run that is there already, until it is released.
 
         Raises:
             UserError: another one is in it.
         """
         if self.config_file.is_file():
-            with contextlib.suppress(PermissionError):  # a finished run may be looked at where it can't be changed
+            with contextlib.suppress(OSError):  # a finished run may be looked at where nothing can be written
                 self._lock = claim(self.path)
+
+    def release(self) -> None:
+        """Let others in again."""
+        self._lock = None
 
     def begin(self, config: RunConfig) -> None:
         """Make the folder, if it is not there, keep others out of it, and write the configuration.

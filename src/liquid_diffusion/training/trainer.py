@@ -311,6 +311,7 @@ class Trainer:
                     break
                 if not losses:
                     since = time.perf_counter()
+        self.folder.release()
         if self.finished:
             self.push()
         return self.finished
