@@ -82,10 +82,10 @@ ablations: bench-installed  ## variants of the liquid block, equal time; after q
 causal: bench-installed  ## the packaged model with its liquid layers disturbed
 	$(BIN)/python benchmarks/causal.py
 
-SHIP_STEPS ?= 9000
+SHIP_STEPS ?= 13000
 
 ship: bench-installed  ## train the packaged model again, measure it, and put it into the package
-	$(BIN)/liquid-diffusion train --data emoji --image-size 32 --model nano --steps $(SHIP_STEPS) --out runs/nano-emoji
+	$(BIN)/liquid-diffusion train --data emoji --image-size 32 --model nano --steps $(SHIP_STEPS) --flip true --out runs/nano-emoji
 	$(BIN)/python benchmarks/ship.py runs/nano-emoji
 
 figures: bench-installed  ## tables and plots of docs/ablations.md from the CSV files alone

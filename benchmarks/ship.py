@@ -70,8 +70,9 @@ the model draws derives from these graphics: name them as the licence asks.
 
 ## Training
 
-`make ship`: preset {settings["model"]}, {settings["steps"]} steps of {settings["batch_size"]} pictures, learning rate
-{settings["lr"]:g}, averaged weights, seed {settings["seed"]}. All settings: config.yaml beside this file.
+`make ship`: preset {settings["model"]}, {settings["steps"]} steps of {settings["batch_size"]} pictures, half of them
+mirrored, learning rate {settings["lr"]:g}, averaged weights, seed {settings["seed"]}. All settings: config.yaml beside
+this file.
 
 ## Figures
 
@@ -81,15 +82,15 @@ the model draws derives from these graphics: name them as the licence asks.
 
 The median distance of a sample to its nearest training picture is {features} times that of a held-out picture in
 features, and {pixels} times in pixels, classes being as frequent on both sides; a copier's would be near 0. Of a
-model that copies nothing 1 % of the samples would be nearer than all but one in a hundred held-out pictures; here it
-is up to {nearer:.1%}. Kernel and Frechet distance are in the features of EfficientNet-Lite0 and can't be compared with
+model that copies nothing 1 % of the samples would be nearer than all but one in a hundred held-out pictures; of
+these {nearer:.1%} are. Kernel and Frechet distance are in the features of EfficientNet-Lite0 and can't be compared with
 FID.
 
 ## Limits
 
-It knows these emoji and nothing else, at this size, and takes no text. Flags, faces, hands, clocks and some animals are
-its best; signs are coloured squares with no letters, and small things fall apart. The simplest (pictograms of
-families, flags of plain stripes, some faces) come out nearly as they are in the set:
+It knows these emoji and nothing else, at this size, and takes no text. Flags, faces, people, clocks and some animals
+are its best; signs are coloured squares with no letters, and small things fall apart. The simplest (pictograms of
+families, clocks, some faces) come out nearly as they are in the set:
 benchmarks/results/nano-emoji-nearest.png in the repository has the 16 nearest pairs. It was made to show what a few
 million parameters do, and to try the commands with.
 """

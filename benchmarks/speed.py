@@ -188,7 +188,7 @@ def evaluation(
 
 
 def samplings(models: dict[str, nn.Module], batch: int, size: int, device: torch.device) -> dict[str, Callable]:
-    """One evaluation of each model; of ours as the sampler runs it for a model without classes, and for one with them."""
+    """One evaluation of each model; of ours as the sampler runs it without classes, and with one for each picture."""
     ours, times, x, t, labels = evaluation(models, batch, size, device)
     same, each = (compile_for_sampling(ours, times, some) for some in (labels[0], labels))
     return {

@@ -62,7 +62,12 @@ def test_what_lies_here_is_found_from_any_folder(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.parametrize(
     ("model", "optimizer", "expected"),
-    [("nano", None, ("muon", 8e-3)), ("nano", "adamw", ("adamw", 2e-3)), ("tiny", None, ("adamw", 3e-4))],
+    [
+        ("nano", None, ("muon", 8e-3)),
+        ("nano", "adamw", ("adamw", 2e-3)),
+        ("tiny", None, ("muon", 4e-3)),
+        ("small", None, ("adamw", 3e-4)),
+    ],
 )
 def test_the_learning_rate_is_that_of_the_optimizer(model: str, optimizer: Any, expected: tuple[str, float]) -> None:
     config = resolve(TrainConfig(model=model, optimizer=optimizer), "cpu")

@@ -66,7 +66,9 @@ class TrainConfig:
     warmup_steps: int = _option(100, "steps in which the learning rate rises from zero")
     cooldown: float = _option(0.4, "last part of the steps, in which the learning rate falls to zero as a cosine")
     optimizer: Literal["adamw", "muon"] | None = _option(
-        None, "adamw, or muon: Muon for the convolutions that mix channels, AdamW for all else (default: muon for nano)"
+        None,
+        "adamw, or muon: Muon for the convolutions that mix channels, AdamW for all else (default: muon for nano and "
+        "tiny)",
     )
     weight_decay: float = _option(0.01, "decoupled weight decay")
     max_grad_norm: float = _option(1.0, "gradients are clipped to this norm")

@@ -15,6 +15,11 @@ FACTORS = {"pixels": 2, "sd-vae": 8}  # pixels a side for one latent, of the cod
 # nano saves 50 ms in each on two cores, where compiling takes 40 s; tiny, with the block of before, 60 ms on an H100,
 # where it took 36
 _STEPS_TO_COMPILE_FOR = 1000
+# By model and optimiser, chosen on a split of the benchmark's pictures, one seed. nano by Muon, 2,000 steps: 4e-3 comes
+# to a kernel distance of .362, 8e-3 to .340, at the same loss. tiny by Muon, 250 steps: 8e-3 has a loss of .369, 4e-3
+# .398; the lower one leaves room for longer trainings and smaller batches, which nobody has measured. By AdamW 2e-3 was
+# the best of three for both. Larger models have a usual rate for their size, not measured.
+_LEARNING_RATES = {"nano": {"muon": 8e-3, "adamw": 2e-3}, "tiny": {"muon": 4e-3, "adamw": 2e-3}}
 _DOWNSCALE = 4  # of every preset: each of its stages but the last one halves height and width
 
 
@@ -47,8 +52,8 @@ def resolve(config: TrainConfig, device: str) -> RunConfig:
     codec = config.codec or _codec(image_size)
     model = config.model or ("nano" if cpu else "tiny")
     preset(model)
-    # far better pictures of as many images (docs/ablations-before.md); not tried with the larger ones
-    optimizer = config.optimizer or ("muon" if model == "nano" else "adamw")
+    # far better pictures of as many images (docs/ablations.md, Optimisers); not tried with the larger ones
+    optimizer = config.optimizer or ("muon" if model in _LEARNING_RATES else "adamw")
     steps = config.steps or ((2000 if cpu else 4000) if emoji else (4000 if cpu else 20000))
     decided: dict[str, Any] = {
         "data": _place(config.data),
@@ -58,10 +63,7 @@ def resolve(config: TrainConfig, device: str) -> RunConfig:
         "model": model,
         "steps": steps,
         "batch_size": config.batch_size or _batch_size(codec),
-        # nano by Muon, 2,000 steps on a split of the benchmark's pictures, one seed: 4e-3 comes to a kernel distance of
-        # .362, 8e-3 to .340, at the same loss. By AdamW 2e-3 was the best of three. The larger ones have a usual rate
-        # for their size, not measured.
-        "lr": config.lr or ((8e-3 if optimizer == "muon" else 2e-3) if model == "nano" else 3e-4),
+        "lr": config.lr or _LEARNING_RATES.get(model, {}).get(optimizer, 3e-4),
         "optimizer": optimizer,
         # not for many shapes, each of which is compiled for itself
         "compile": device in ("cpu", "cuda") and steps >= _STEPS_TO_COMPILE_FOR and not config.buckets
