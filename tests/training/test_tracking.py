@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import signal
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -56,8 +57,9 @@ def test_first_signal_asks_second_one_stops(number: signal.Signals) -> None:
     assert signal.getsignal(number) is before
 
 
-def test_a_full_disk_is_told(tmp_path: Path) -> None:
+def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files may not grow, so the system itself refuses to write; also what TensorBoard writes when it is closed."""
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)  # TensorBoard's own thread meets the same
     log = MetricsLog(tmp_path, 0)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
