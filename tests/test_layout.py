@@ -24,6 +24,7 @@ FLOORS = {
     "codecs": 0,
     "flow": 0,
     "sampling": 0,
+    "convolution": 0,
     "grid": 0,
     "history": 0,
     "hardware": 0,

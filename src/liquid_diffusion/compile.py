@@ -20,7 +20,6 @@ Shapes: B batch, C channels, H W height and width, T width of the condition embe
 from __future__ import annotations
 
 import functools
-import platform
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
@@ -28,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from liquid_diffusion.convolution import PackedConvolution
 from liquid_diffusion.hardware import fastest_dtype
 from liquid_diffusion.models.depthwise import merge_kernels
 from liquid_diffusion.models.layers import channel_norm
@@ -49,9 +49,6 @@ _TORCH_PARTS = (nn.ModuleList, nn.Conv2d, nn.Linear, nn.Embedding)
 # 476 ms in parts of two, four and eight (4, 8 and 16 MiB), of base 1727, 1751 and 1855 (8, 16 and 32 MiB), and of base
 # at 64 x 64 460, 398 and 378 (2, 4 and 8 MiB).
 _PART_BYTES = 8 * 2**20
-# A weight is multiplied, and brought into oneDNN's layout, in the time in which a pass does so many numbers: at tiny's
-# coarsest stage, 8 pictures of 8 x 8, folding took 150 us and the pass 130; at the one above it 110 and 170.
-_WEIGHT_BY_NUMBER = 4
 # Of the table that are computed at once, always as many: a matrix product rounds a row in another way among others, and
 # a picture is to be the same in a batch of any size.
 _ROWS = 32
@@ -69,104 +66,6 @@ def _pool(u: Tensor) -> Tensor:
     if u.device.type == "cpu":  # where `mean` copies u to float32 before; a pooling kernel of a GPU has too few threads
         return F.avg_pool2d(u, u.shape[2:])
     return u.mean((2, 3), keepdim=True)
-
-
-@functools.cache
-def _onednn_computes(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's operators are there for a dtype, on a processor of the kind that they were measured on."""
-    if not torch.backends.mkldnn.is_available() or platform.machine() not in ("x86_64", "AMD64"):
-        return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-class _Convolution:
-    """A convolution with its weights in the sampling dtype, and a SiLU behind it or not.
-
-    On an x86 processor it calls oneDNN by the operators that torch.compile puts there: activation and residual sum are
-    part of the convolution, which spares a pass over memory each, and the weights are brought into oneDNN's layout once
-    instead of at every call. The layout is asked for with the size of the input: the one for any size can be 50 times
-    slower than none.
-    """
-
-    def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor,
-        dtype: torch.dtype,
-        *,
-        stride: int = 1,
-        groups: int = 1,
-        silu: bool = False,
-    ) -> None:
-        self.weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
-        self.bias = bias.to(dtype)
-        self.stride, self.padding, self.groups = [stride] * 2, [weight.shape[-1] // 2] * 2, groups
-        self.silu = silu
-        self.packed: dict[torch.Size, Tensor] = {}  # by the shape of the input
-        self.onednn = weight.device.type == "cpu" and _onednn_computes(dtype)
-
-    @classmethod
-    def of(cls, layer: nn.Conv2d, dtype: torch.dtype) -> _Convolution:
-        """The convolution of a layer with "same" padding, or of a downsampling one."""
-        assert layer.bias is not None
-        return cls(layer.weight, layer.bias, dtype, stride=layer.stride[0])
-
-    @property
-    def _geometry(self) -> tuple[list[int], list[int], list[int], int]:
-        return self.padding, self.stride, [1, 1], self.groups
-
-    def _call(self, z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        if self.onednn:
-            return torch.ops.mkldnn._convolution_pointwise(
-                z, weight, bias, *self._geometry, "swish" if self.silu else "none", [], "none"
-            )
-        if z.is_cuda and weight.shape[2] == 1:  # cuBLAS adds the bias itself, cuDNN's convolution in another kernel
-            y = F.linear(z.permute(0, 2, 3, 1), weight[:, :, 0, 0], bias).permute(0, 3, 1, 2)
-        else:
-            y = F.conv2d(z, weight, bias, self.stride, self.padding, 1, self.groups)
-        return F.silu(y, inplace=True) if self.silu else y
-
-    def __call__(self, z: Tensor) -> Tensor:
-        """z (B, C, H, W) -> (B, C', H', W')."""
-        return self._call(z, self._weight_for(z), self.bias)
-
-    def _weight_for(self, z: Tensor) -> Tensor:
-        if not self.onednn:
-            return self.weight
-        if z.shape not in self.packed:
-            self.packed[z.shape] = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self._geometry, z.shape)
-        return self.packed[z.shape]
-
-    def times(self, z: Tensor, factor: Tensor) -> Tensor:
-        """``factor conv(z)``, factor (B, C', H', W'), which may be overwritten."""
-        if not self.onednn:
-            return factor.mul_(self(z))
-        weight = self._weight_for(z)
-        return torch.ops.mkldnn._convolution_pointwise.binary(
-            z, factor, weight, self.bias, *self._geometry, "mul", None, None, [], None
-        )
-
-    def folds(self, z: Tensor) -> bool:
-        """Whether it is cheaper to multiply a scale into the weights than to pass over what comes out."""
-        return z.device.type == "cpu" and _WEIGHT_BY_NUMBER * self.weight.numel() < z[0].numel()
-
-    def add_to(self, x: Tensor, z: Tensor) -> Tensor:
-        """``x <- x + conv(z)``, which is returned."""
-        return self._add_to(x, z, self._weight_for(z), self.bias)
-
-    def add_scaled_to(self, x: Tensor, z: Tensor, scale: Tensor, shared: bool) -> Tensor:
-        """``x <- x + scale conv(z)``, which is returned; of a scale (B, C', 1, 1), or (1, C', 1, 1) that is shared."""
-        if not (shared and self.folds(z)):
-            return x.addcmul_(self(z), scale)
-        scale = scale.flatten()
-        return self._add_to(x, z, self.weight * scale[:, None, None, None], self.bias * scale)
-
-    def _add_to(self, x: Tensor, z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        if not self.onednn:
-            return x.add_(self._call(z, weight, bias))
-        return torch.ops.mkldnn._convolution_pointwise_.binary(
-            x, z, weight, bias, *self._geometry, "add", None, None, [], None
-        )
 
 
 def _conditions(model: LiquidUNet, t: Tensor, labels: Tensor | None) -> Tensor:
@@ -199,15 +98,15 @@ class _FoldedBlock:
         if cfc.gate != "none":
             weights, biases = list(weights[0].chunk(2)), list(biases[0].chunk(2))
         self.gate, *self.value = [
-            _Convolution(weight, bias, dtype, silu=i == 0)
+            PackedConvolution(weight, bias, dtype, silu=i == 0)
             for i, (weight, bias) in enumerate(zip(weights, biases, strict=True))
         ]
-        self.out = _Convolution.of(cfc.project, dtype)
+        self.out = PackedConvolution.of(cfc.project, dtype)
         kernel = merge_kernels(mix.kernel_3, mix.kernel_5, mix.kernel_7)
-        self.depthwise = _Convolution(kernel, mix.bias, dtype, groups=kernel.shape[0])
+        self.depthwise = PackedConvolution(kernel, mix.bias, dtype, groups=kernel.shape[0])
         pool = mix.pool_gate
-        self.pool_gate = _Convolution(pool.weight[:, :, None, None], pool.bias, dtype)
-        self.project = _Convolution.of(mix.project, dtype)
+        self.pool_gate = PackedConvolution(pool.weight[:, :, None, None], pool.bias, dtype)
+        self.project = PackedConvolution.of(mix.project, dtype)
 
     @staticmethod
     def _rows(block: LiquidBlock, conditions: Tensor) -> Tensor:
@@ -240,7 +139,7 @@ class _FoldedJoin:
 
     def __init__(self, join: Join, dtype: torch.dtype) -> None:
         self.scale = join.scale
-        self.below, self.skip = _Convolution.of(join.below, dtype), _Convolution.of(join.skip, dtype)
+        self.below, self.skip = PackedConvolution.of(join.below, dtype), PackedConvolution.of(join.skip, dtype)
 
     def __call__(self, x: Tensor, skip: Tensor) -> Tensor:
         """x (B, C', H / scale, W / scale), skip (B, C, H, W) -> (B, C, H, W), a new tensor."""
@@ -310,10 +209,10 @@ class CompiledVelocity:
 
         tables: list[Tensor] = []  # in the order in which the blocks are run
 
-        def convolutions(layers: nn.Module) -> list[_Convolution]:
-            return [_Convolution.of(layer, dtype) for layer in layers.children() if isinstance(layer, nn.Conv2d)]
+        def convolutions(layers: nn.Module) -> list[PackedConvolution]:
+            return [PackedConvolution.of(layer, dtype) for layer in layers.children() if isinstance(layer, nn.Conv2d)]
 
-        self.stem = _Convolution.of(model.stem, dtype)
+        self.stem = PackedConvolution.of(model.stem, dtype)
         self.encoder = [blocks(stage) for stage in model.encoder]
         self.downsamples = convolutions(model.downsamples)
         self.bottleneck = blocks(model.bottleneck)
@@ -322,7 +221,7 @@ class CompiledVelocity:
         self.norm = functools.partial(
             channel_norm, weight=model.norm.weight.to(dtype), bias=model.norm.bias.to(dtype), eps=model.norm.eps
         )
-        self.head = _Convolution.of(model.head, dtype)
+        self.head = PackedConvolution.of(model.head, dtype)
         self.table, self.table_widths = torch.cat(tables, 1), [table.shape[1] for table in tables]
         self.recordings: dict[torch.Size, _Recording | None] = {}  # of a GPU; None for a shape that was met once
 
