@@ -64,10 +64,10 @@ def test_gradients_are_those_of_each_batch(exact: None) -> None:
                 parameter.grad = None
 
 
-@pytest.mark.parametrize("labels", [1, 4])
-def test_evaluations_are_the_models(exact: None, labels: int) -> None:
+@pytest.mark.parametrize("labels", [torch.tensor(1), torch.arange(4) % 3])
+def test_evaluations_are_the_models(exact: None, labels: Tensor) -> None:
     model, times = model_of_random_weights().eval(), solver_times(make_scheduler(), 5)
-    classes = torch.arange(labels, device="cuda") % 3
+    classes = labels.to("cuda")
     sampler = compile_for_sampling(model, times, classes, dtype=torch.float32)
     for t in (*times, *times):
         x, at = batch()[0], torch.full((4,), t, device="cuda")
