@@ -53,7 +53,7 @@ def resolve(config: TrainConfig, device: str) -> RunConfig:
     model = config.model or ("nano" if cpu else "tiny")
     preset(model)
     # far better pictures of as many images (docs/ablations.md, Optimisers); not tried with the larger ones
-    optimizer = config.optimizer or ("muon" if model in _LEARNING_RATES else "adamw")
+    optimizer = config.optimizer or ("muon" if "muon" in _LEARNING_RATES.get(model, {}) else "adamw")
     steps = config.steps or ((2000 if cpu else 4000) if emoji else (4000 if cpu else 20000))
     decided: dict[str, Any] = {
         "data": _place(config.data),

@@ -36,9 +36,7 @@ def writing_to(place: Path) -> Iterator[None]:
     except RuntimeError as error:  # torch.save has no other
         if not any(name in str(error) for name in ("PytorchStreamWriter", "inline_container")):
             raise
-        raise UserError(
-            f"{place} can't be written to; the disk may be full, or may not be written to ({first_line(error)})."
-        ) from error
+        raise UserError(f"{place} can't be written to: the disk may be full ({first_line(error)}).") from error
 
 
 def claim(folder: Path) -> BaseFileLock:

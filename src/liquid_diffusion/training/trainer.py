@@ -267,9 +267,16 @@ class Trainer:
         Raises:
             UserError: the loss is no number any more, or the pictures can't be had any more; then the state is saved.
         """
-        if self.finished:  # but perhaps not on the Hub yet
+        try:
+            if not self.finished:
+                self._run()
+        finally:
+            self.folder.release()
+        if self.finished:
             self.push()
-            return True
+        return self.finished
+
+    def _run(self) -> None:
         config, main = self.config, self.accelerator.is_main_process
         log = MetricsLog(self.folder.path, self.step) if main else None
         bar = tqdm(
@@ -311,10 +318,6 @@ class Trainer:
                     break
                 if not losses:
                     since = time.perf_counter()
-        self.folder.release()
-        if self.finished:
-            self.push()
-        return self.finished
 
     def push(self) -> None:
         """Push the run, as far as it is saved, to the Hub repository that it was told of, if any.
