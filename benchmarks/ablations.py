@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from blocks import GlobalResponseNorm, in_our_frame
 from torch import Tensor, nn
 
+from liquid_diffusion.config import UNetConfig
 from liquid_diffusion.flow import TimeSampling
 from liquid_diffusion.models.depthwise import depthwise_conv7, merge_kernels
 from liquid_diffusion.models.layers import ConditionLinear, channel_norm
@@ -291,6 +292,14 @@ ABLATIONS = {
     "no adaln-zero": Ablation("the spatial mix without output gate", WithoutOutputGate),
     "times uniform": Ablation("training times uniform", _switched("liquid", "liquid"), times="uniform"),
     "times shifted": Ablation("training times nearer to noise", _switched("liquid", "liquid"), time_shift=3.0),
+}
+
+
+# Presets of before, narrow where pictures are large, with more blocks and heads four times as wide
+SHAPES_BEFORE = {
+    "tiny": UNetConfig(widths=(64, 128, 256), depths=(2, 2, 4), ratio=4.0, condition_channels=544),
+    "small": UNetConfig(widths=(96, 192, 384), depths=(2, 3, 6), ratio=4.0, condition_channels=816),
+    "base": UNetConfig(widths=(128, 256, 512), depths=(2, 4, 8), ratio=4.0, condition_channels=1088),
 }
 
 

@@ -24,7 +24,7 @@ class UNetConfig:
 
     widths: tuple[int, ...]
     depths: tuple[int, ...]
-    ratio: float = 4.0
+    ratio: float = 1.3
     condition_channels: int | None = None
 
 

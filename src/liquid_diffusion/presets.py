@@ -13,22 +13,22 @@ def nano() -> UNetConfig:
 
     A fifth of them is applied to every pixel; the others see time and label, once for a picture.
     """
-    return UNetConfig(widths=(96, 128, 128), depths=(1, 1, 1), ratio=1.3, condition_channels=672)
+    return UNetConfig(widths=(96, 128, 128), depths=(1, 1, 1), condition_channels=672)
 
 
 def tiny() -> UNetConfig:
     """22 M parameters."""
-    return UNetConfig(widths=(64, 128, 256), depths=(2, 2, 4), condition_channels=544)
+    return UNetConfig(widths=(160, 160, 256), depths=(1, 1, 4), condition_channels=832)
 
 
 def small() -> UNetConfig:
     """69 M parameters."""
-    return UNetConfig(widths=(96, 192, 384), depths=(2, 3, 6), condition_channels=816)
+    return UNetConfig(widths=(224, 256, 448), depths=(1, 2, 6), condition_channels=992)
 
 
 def base() -> UNetConfig:
     """156 M parameters."""
-    return UNetConfig(widths=(128, 256, 512), depths=(2, 4, 8), condition_channels=1088)
+    return UNetConfig(widths=(320, 384, 576), depths=(1, 2, 8), condition_channels=1440)
 
 
 PRESETS: dict[str, Callable[[], UNetConfig]] = {"nano": nano, "tiny": tiny, "small": small, "base": base}

@@ -57,7 +57,7 @@ class LiquidUNet(ModelMixin, ConfigMixin):
         num_classes: int = 0,
         widths: Sequence[int] = (64, 128, 256),
         depths: Sequence[int] = (2, 2, 4),
-        ratio: float = 4.0,
+        ratio: float = 1.3,
         condition_channels: int | None = None,
         gate: Gate = "liquid",
         relaxation: Relaxation = "liquid",
