@@ -295,7 +295,8 @@ ABLATIONS = {
 }
 
 
-# Presets of before, narrow where pictures are large, with more blocks and heads four times as wide
+SHAPE_BEFORE = "shape before"
+# The presets until commit 6fe0594: narrow where pictures are large, with more blocks there, and wide heads
 SHAPES_BEFORE = {
     "tiny": UNetConfig(widths=(64, 128, 256), depths=(2, 2, 4), ratio=4.0, condition_channels=544),
     "small": UNetConfig(widths=(96, 192, 384), depths=(2, 3, 6), ratio=4.0, condition_channels=816),

@@ -285,11 +285,14 @@ def plot_curves(rows: list[Row], name: str, x: str, words: str) -> None:
 
 def draw_quality() -> None:
     """All that quality.csv tells: tables in docs/ablations.md, and curves of either budget's setting with most rows."""
-    from ablations import ABLATIONS
+    from ablations import ABLATIONS, SHAPE_BEFORE
 
     every = read_rows(QUALITY)
     rows = [row for row in every if row["split"] == "tune" or row["lr"] == best_learning_rate(every, row["model"], row)]
-    tables = _quality_tables(rows, {name: ablation.question for name, ablation in ABLATIONS.items()})
+    questions = {name: ablation.question for name, ablation in ABLATIONS.items()}
+    tables = _quality_tables(
+        rows, questions | {SHAPE_BEFORE: "finest stages narrower, with more blocks and wider heads"}
+    )
     for name, unit, x, words in (
         ("time", " s", "seconds", "seconds of training steps"),
         ("images", "images", "images", "images seen"),

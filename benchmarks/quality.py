@@ -31,7 +31,7 @@ from typing import Any
 
 import pyarrow.parquet
 import torch
-from ablations import ABLATIONS, SHAPES_BEFORE, ablated
+from ablations import ABLATIONS, SHAPE_BEFORE, SHAPES_BEFORE, ablated
 from figures import CHOSEN_FOR, QUALITY, STEP_TIMES, best_learning_rate, draw_quality, read_rows
 from harness import Budget, Training, draw, fit_codec, held_out_loss, predict
 from peers import check_size, dico, dit, fcdm, unet2d
@@ -77,7 +77,7 @@ PEERS: dict[str, Callable[[str, int, int, int], nn.Module]] = {
 }
 # by its name alone: nano has none
 MODELS = PEERS | {
-    "shape before": lambda preset, channels, classes, _: LiquidUNet(channels, classes, **vars(SHAPES_BEFORE[preset]))
+    SHAPE_BEFORE: lambda preset, channels, classes, _: LiquidUNet(channels, classes, **vars(SHAPES_BEFORE[preset]))
 }
 
 

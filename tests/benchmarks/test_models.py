@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from ablations import ABLATIONS, MeanRelaxation, ThreeHeads, ablated
+from ablations import ABLATIONS, SHAPE_BEFORE, SHAPES_BEFORE, MeanRelaxation, ThreeHeads, ablated
 from blocks import DiCoBlock, FCDMBlock, GlobalResponseNorm
 from peers import channel_mixers
 from quality import PEERS, build
@@ -23,6 +23,9 @@ def test_equal_parameters() -> None:
         models = {name: build(name, "nano", 12, 9, 16) for name in NAMES}
         for name in ("DiCo block", "FCDM block", "UNet2DModel, no attention"):
             build(name, "tiny", 12, 9, 16)
+        for preset in SHAPES_BEFORE:
+            for name in (SHAPE_BEFORE, "UNet2DModel", "DiTTransformer2DModel"):
+                build(name, preset, 4, 9, 32)
         ours = LiquidUNet.from_preset("nano", 12, 9).num_parameters()
     counts = {name: sum(p.numel() for p in model.parameters()) / ours for name, model in models.items()}
     assert all(0.95 <= count <= 1.05 for count in counts.values())
