@@ -71,7 +71,8 @@ def best_learning_rate(rows: list[Row], model: str, setting: Mapping[str, str]) 
     for name in (model, "liquid") if _is_variant(model) else (model,):
         wanted = {"split": "tune", "model": name, "fraction": "1"} | {key: setting[key] for key in CHOSEN_FOR}
         tuned = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
-        if tuned:
+        if tuned:  # losses of one budget are compared: of that which most rates were tried under
+            tuned = max(_group(tuned, "budget").values(), key=len)
             return min(tuned, key=lambda row: float(row["loss"]))["lr"]
     return None
 
