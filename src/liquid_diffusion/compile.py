@@ -46,8 +46,8 @@ _OWN_PARTS = frozenset({
 _TORCH_PARTS = (nn.ModuleList, nn.Conv2d, nn.Linear, nn.Embedding)
 
 # Of one tensor at the finest stage, in a part of a batch. Eight pictures of tiny at 128 x 128 latents took 379, 348,
-# 343 and 355 ms in parts of one, two, four and six (5 to 30 MiB), of base at 64 x 64 329, 313 and 291 in parts of three,
-# six and eight (8 to 20 MiB).
+# 343 and 355 ms in parts of one, two, four and six (5 to 30 MiB), of base at 64 x 64 329, 313 and 291 in parts of
+# three, six and eight (8 to 20 MiB).
 _PART_BYTES = 20 * 2**20
 # Of the table that are computed at once, always as many: a matrix product rounds a row in another way among others, and
 # a picture is to be the same in a batch of any size.
