@@ -281,6 +281,8 @@ def parse() -> argparse.Namespace:
     unknown = [name for name in options.models if name not in MODELS and name not in ABLATIONS]
     if unknown:
         parser.error(f"there is no model {unknown[0]!r}; choose from {', '.join([*MODELS, *ABLATIONS])}")
+    if SHAPE_BEFORE in options.models and options.preset not in SHAPES_BEFORE:
+        parser.error(f"{options.preset} has no {SHAPE_BEFORE}; {', '.join(SHAPES_BEFORE)} have")
     if not options.draw and not (options.data / "emoji64x3-train.parquet").is_file():
         parser.error(f"there is no emoji64x3-train.parquet in {options.data}; say --data")
     return options
