@@ -9,7 +9,7 @@ Shapes: B batch, C channels, H W height and width, T width of the condition.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from blocks import GlobalResponseNorm, in_our_frame
 from torch import Tensor, nn
 
-from liquid_diffusion.config import UNetConfig
 from liquid_diffusion.flow import TimeSampling
-from liquid_diffusion.models.depthwise import depthwise_conv7, merge_kernels
+from liquid_diffusion.models.depthwise import depthwise_conv
 from liquid_diffusion.models.layers import ConditionLinear, channel_norm
 from liquid_diffusion.models.liquid import (
+    SCALES,
     Gate,
     LiquidBlock,
     MultiScaleSpatialMix,
@@ -148,46 +148,45 @@ class Depthwise7(nn.Conv2d):
         super().__init__(channels, channels, 7, padding=3, groups=channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return depthwise_conv7(x, self.weight, self.bias)
+        return depthwise_conv(x, self.weight, self.bias)
 
 
 class MixWithResponseNorm(MultiScaleSpatialMix):
-    """Global response normalisation in place of the gate from global pooling."""
+    """Global response normalisation behind the depthwise convolution."""
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels)
-        del self.pool_gate
+    def __init__(self, channels: int, scales: Sequence[int]) -> None:
+        super().__init__(channels, scales)
         self.norm = GlobalResponseNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        kernel = merge_kernels(self.kernel_3, self.kernel_5, self.kernel_7)  # (C, 1, 7, 7)
-        return self.project(self.norm(depthwise_conv7(x, kernel, self.bias)))
+        return self.project(self.norm(depthwise_conv(x, self.kernel, self.bias)))
 
 
-class MixWithoutGate(MultiScaleSpatialMix):
-    """No gate."""
+class MixWithPoolingGate(MultiScaleSpatialMix):
+    """A gate of each channel from the mean of the picture behind the depthwise convolution."""
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels)
-        del self.pool_gate
+    def __init__(self, channels: int, scales: Sequence[int]) -> None:
+        super().__init__(channels, scales)
+        self.pool_gate = nn.Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.project(depthwise_conv7(x, merge_kernels(self.kernel_3, self.kernel_5, self.kernel_7), self.bias))
+        pooled = torch.sigmoid(self.pool_gate(x.mean((2, 3))))  # (B, C)
+        return self.project(depthwise_conv(x, self.kernel, self.bias) * pooled[:, :, None, None])
 
 
 class Variant(LiquidBlock):
     """Our block with another layer in the place of the liquid one, called as layer(x, condition)."""
 
-    def __init__(self, channels: int, condition_channels: int, layer: nn.Module) -> None:
-        super().__init__(channels, condition_channels, 32)
+    def __init__(self, channels: int, condition_channels: int, layer: nn.Module, scales: Sequence[int]) -> None:
+        super().__init__(channels, condition_channels, 32, scales=scales)
         self.cfc = layer
 
 
 class WithFeedForward(Variant):
     """Three residual steps: a liquid layer half as wide, and a feed-forward at the end."""
 
-    def __init__(self, channels: int, condition_channels: int, hidden: int) -> None:
-        super().__init__(channels, condition_channels, ParallelCfC(channels, condition_channels, hidden // 2))
+    def __init__(self, channels: int, condition_channels: int, hidden: int, scales: Sequence[int]) -> None:
+        super().__init__(channels, condition_channels, ParallelCfC(channels, condition_channels, hidden // 2), scales)
         inner = swish_mlp_width(hidden) // 2
         self.modulation = ConditionLinear(condition_channels, 6 * channels)
         self.feed_forward = nn.Sequential(nn.Conv2d(channels, inner, 1), nn.GELU(), nn.Conv2d(inner, channels, 1))
@@ -202,8 +201,8 @@ class WithFeedForward(Variant):
 class WithoutOutputGate(Variant):
     """``x <- x + mix(modulate(norm(x)))``: no adaLN-zero behind the spatial mix."""
 
-    def __init__(self, channels: int, condition_channels: int, hidden: int) -> None:
-        super().__init__(channels, condition_channels, ParallelCfC(channels, condition_channels, hidden))
+    def __init__(self, channels: int, condition_channels: int, hidden: int, scales: Sequence[int]) -> None:
+        super().__init__(channels, condition_channels, ParallelCfC(channels, condition_channels, hidden), scales)
         self.modulation = ConditionLinear(condition_channels, 2 * channels)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
@@ -212,12 +211,13 @@ class WithoutOutputGate(Variant):
         return x + self.mix(modulate(channel_norm(x), scale, shift))
 
 
-Block = Callable[[int, int, int], nn.Module]  # made of (channels, condition_channels, hidden)
+Block = Callable[[int, int, int, Sequence[int]], nn.Module]  # made of (channels, condition_channels, hidden, scales)
+Layer = Callable[[int, int, int], nn.Module]  # made of (channels, condition_channels, hidden)
 
 
-def _with_liquid(make: Block) -> Block:
+def _with_liquid(make: Layer) -> Block:
     """Another layer in the liquid one's place."""
-    return lambda channels, t, hidden: Variant(channels, t, make(channels, t, hidden))
+    return lambda channels, t, hidden, scales: Variant(channels, t, make(channels, t, hidden), scales)
 
 
 def _switched(gate: Gate, relaxation: Relaxation) -> Block:
@@ -228,10 +228,10 @@ def _switched(gate: Gate, relaxation: Relaxation) -> Block:
     return _with_liquid(layer)
 
 
-def _with_mix(make: Callable[[int], nn.Module]) -> Block:
-    def block(channels: int, condition_channels: int, hidden: int) -> nn.Module:
-        variant = Variant(channels, condition_channels, ParallelCfC(channels, condition_channels, hidden))
-        variant.mix = make(channels)
+def _with_mix(make: Callable[[int, Sequence[int]], nn.Module]) -> Block:
+    def block(channels: int, condition_channels: int, hidden: int, scales: Sequence[int]) -> nn.Module:
+        variant = LiquidBlock(channels, condition_channels, hidden)
+        variant.mix = make(channels, scales)
         return variant
 
     return block
@@ -254,7 +254,7 @@ class Ablation:
 
     Attributes:
         question: what it answers, in a few words for the table.
-        block: made of (channels, condition_channels, hidden).
+        block: made of (channels, condition_channels, hidden, scales).
         times, time_shift: the distribution of the training times.
     """
 
@@ -287,20 +287,14 @@ ABLATIONS = {
     ),
     "backbone 7x7": Ablation("depthwise 7x7 before the heads", _with_backbone(Depthwise7)),
     "feed-forward": Ablation("half of the layer as a feed-forward", WithFeedForward),
-    "mix grn": Ablation("response norm for the pooling gate", _with_mix(MixWithResponseNorm)),
-    "mix no gate": Ablation("no pooling gate", _with_mix(MixWithoutGate)),
+    "mix grn": Ablation("response norm in the spatial mix", _with_mix(MixWithResponseNorm)),
+    "mix pooling gate": Ablation("a gate from the picture's mean in the spatial mix", _with_mix(MixWithPoolingGate)),
+    "mix 7x7": Ablation(
+        "all scales at the finest stage too", _with_mix(lambda channels, _: MultiScaleSpatialMix(channels, SCALES))
+    ),
     "no adaln-zero": Ablation("the spatial mix without output gate", WithoutOutputGate),
     "times uniform": Ablation("training times uniform", _switched("liquid", "liquid"), times="uniform"),
     "times shifted": Ablation("training times nearer to noise", _switched("liquid", "liquid"), time_shift=3.0),
-}
-
-
-SHAPE_BEFORE = "shape before"
-# The presets until commit 6fe0594: narrow where pictures are large, with more blocks there, and wide heads
-SHAPES_BEFORE = {
-    "tiny": UNetConfig(widths=(64, 128, 256), depths=(2, 2, 4), ratio=4.0, condition_channels=544),
-    "small": UNetConfig(widths=(96, 192, 384), depths=(2, 3, 6), ratio=4.0, condition_channels=816),
-    "base": UNetConfig(widths=(128, 256, 512), depths=(2, 4, 8), ratio=4.0, condition_channels=1088),
 }
 
 
@@ -309,10 +303,10 @@ def ablated(name: str, size: str, channels: int, num_classes: int) -> LiquidUNet
     ablation, shape = ABLATIONS[name], preset(size)
 
     def build(embedding: int | None) -> LiquidUNet:
-        def block(width: int, condition_channels: int) -> nn.Module:
-            return ablation.block(width, condition_channels, hidden_width(width, shape.ratio))
+        def block(width: int, condition_channels: int, scales: Sequence[int]) -> nn.Module:
+            return ablation.block(width, condition_channels, hidden_width(width, shape.ratio), scales)
 
-        return in_our_frame(block, channels, num_classes, shape.widths, shape.depths, embedding)
+        return in_our_frame(block, channels, num_classes, shape.widths, shape.depths, shape.decoder_depths, embedding)
 
     with torch.device("meta"):
         wanted = LiquidUNet.from_preset(size, channels, num_classes).num_parameters()

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from liquid_diffusion.models.depthwise import depthwise_conv7
+from liquid_diffusion.models.depthwise import depthwise_conv
 from liquid_diffusion.models.layers import ConditionLinear, channel_norm
 from liquid_diffusion.models.liquid import modulate
 from liquid_diffusion.models.unet import LiquidUNet
 
-Block = Callable[[int, int], nn.Module]
+Block = Callable[[int, int, Sequence[int]], nn.Module]
 
 
 def in_our_frame(
@@ -26,15 +26,22 @@ def in_our_frame(
     num_classes: int,
     widths: Sequence[int],
     depths: Sequence[int],
+    decoder_depths: Sequence[int] | None = None,
     condition_channels: int | None = None,
 ) -> LiquidUNet:
-    """Our U-Net with other blocks, made by block(channels, condition_channels) and called as block(x, condition)."""
+    """Our U-Net with other blocks, made by block(channels, condition_channels, scales), called as block(x, condition).
+
+    What a block does with the scales that ours would have there is its own affair.
+    """
 
     class Framed(LiquidUNet):
-        def make_block(self, channels: int, condition_channels: int) -> nn.Module:
-            return block(channels, condition_channels)
+        def make_block(self, channels: int, condition_channels: int, scales: Sequence[int]) -> nn.Module:
+            return block(channels, condition_channels, scales)
 
-    model = Framed(channels, num_classes, widths=widths, depths=depths, condition_channels=condition_channels)
+    model = Framed(
+        channels, num_classes,
+        widths=widths, depths=depths, decoder_depths=decoder_depths, condition_channels=condition_channels,
+    )  # fmt: skip
     stages = (*model.encoder.children(), model.bottleneck, *model.decoder.children())
     model._repeated_blocks = sorted({type(block).__name__ for stage in stages for block in stage.children()})
     return model
@@ -108,6 +115,6 @@ class FCDMBlock(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         scale, shift, gate = self.modulation(condition)[:, :, None, None].chunk(3, dim=1)  # (B, C, 1, 1) each
-        y = depthwise_conv7(x, self.depthwise.weight, self.depthwise.bias)  # (B, C, H, W)
+        y = depthwise_conv(x, self.depthwise.weight, self.depthwise.bias)  # (B, C, H, W)
         y = self.norm(F.gelu(self.widen(modulate(channel_norm(y), scale, shift))))  # (B, ratio C, H, W)
         return torch.addcmul(x, gate, self.project(y))

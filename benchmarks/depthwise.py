@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from liquid_diffusion.models.depthwise import _weight_gradient, _weight_gradient_in_strips, depthwise_conv7
+from liquid_diffusion.models.depthwise import _weight_gradient, _weight_gradient_in_strips, depthwise_conv
 
 SHAPES = [(64, 64, 16, 16), (64, 128, 8, 8), (8, 64, 32, 32), (8, 256, 8, 8), (8, 64, 64, 64)]
 
@@ -44,7 +44,7 @@ def main() -> None:
                 [
                     lambda grad=grad, plain=plain: _weight_gradient_in_strips(grad, plain),
                     lambda grad=grad, plain=plain: _weight_gradient(grad, plain, 7),
-                    step(depthwise_conv7, x, kernel),
+                    step(depthwise_conv, x, kernel),
                     step(lambda x, k: F.conv2d(x, k, padding=3, groups=x.shape[1]), x, kernel),
                 ]
             )

@@ -17,7 +17,10 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 QUALITY = RESULTS / "quality.csv"
-FORMER = RESULTS / "former" / "quality.csv"  # of the block and the frame before
+FORMER = {  # by the words before the names of its tables
+    "former": RESULTS / "former" / "quality.csv",  # of the block and the frame before
+    "pooling gate": RESULTS / "former" / "quality-pooling-gate.csv",  # of today's block as it was with a pooling gate
+}
 STEP_TIMES = RESULTS / "step-time.csv"
 CAUSAL = RESULTS / "causal.csv"
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "ablations.md"
@@ -286,14 +289,10 @@ def plot_curves(rows: list[Row], name: str, x: str, words: str) -> None:
 
 def draw_quality() -> None:
     """All that quality.csv tells: tables in docs/ablations.md, and curves of either budget's setting with most rows."""
-    from ablations import ABLATIONS, SHAPE_BEFORE
+    from ablations import ABLATIONS
 
-    every = read_rows(QUALITY)
-    rows = [row for row in every if row["split"] == "tune" or row["lr"] == best_learning_rate(every, row["model"], row)]
-    questions = {name: ablation.question for name, ablation in ABLATIONS.items()}
-    tables = _quality_tables(
-        rows, questions | {SHAPE_BEFORE: "finest stages narrower, with more blocks and wider heads"}
-    )
+    rows = _at_chosen_rates(read_rows(QUALITY))
+    tables = _quality_tables(rows, {name: ablation.question for name, ablation in ABLATIONS.items()})
     for name, unit, x, words in (
         ("time", " s", "seconds", "seconds of training steps"),
         ("images", "images", "images", "images seen"),
@@ -304,6 +303,15 @@ def draw_quality() -> None:
             plot_curves(max(settings, key=len), f"quality-{name}", x, words)
             tables[f"peers at equal {name}"] += _picture(f"quality-{name}", f"Kernel distance against {words}")
     write_tables(tables)
+
+
+def _at_chosen_rates(rows: list[Row]) -> list[Row]:
+    """Without trainings at a learning rate that was not chosen; all of a model for which none was."""
+    return [
+        row
+        for row in rows
+        if row["split"] == "tune" or best_learning_rate(rows, row["model"], row) in (row["lr"], None)
+    ]
 
 
 def _quality_tables(rows: list[Row], questions: dict[str, str] | None = None) -> dict[str, str]:
@@ -349,8 +357,9 @@ def draw_causal() -> None:
 
 def main() -> None:
     draw_quality()
-    former = _quality_tables(read_rows(FORMER))
-    write_tables({f"former {name}": table for name, table in former.items()}, FORMER_DOCUMENT)
+    for words, path in FORMER.items():
+        tables = _quality_tables(_at_chosen_rates(read_rows(path)))
+        write_tables({f"{words} {name}": table for name, table in tables.items()}, FORMER_DOCUMENT)
     draw_causal()
 
 

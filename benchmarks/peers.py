@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from blocks import DiCoBlock, FCDMBlock, in_our_frame
@@ -10,6 +12,7 @@ from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
 from liquid_diffusion.models.layers import ConditionEmbedding, Downsample
+from liquid_diffusion.models.liquid import SCALES
 from liquid_diffusion.models.unet import LiquidUNet, hidden_width
 from liquid_diffusion.presets import preset
 from liquid_diffusion.training.optimizer import channel_mixers as ours
@@ -55,12 +58,12 @@ def unet2d(name: str, channels: int, num_classes: int, size: int, attention: boo
 
 def dico(name: str, channels: int, num_classes: int) -> LiquidUNet:
     """Our frame with DiCo's blocks."""
-    return in_our_frame(DiCoBlock, channels, num_classes, *_DICO_SHAPES[name])
+    return in_our_frame(lambda width, t, _: DiCoBlock(width, t), channels, num_classes, *_DICO_SHAPES[name])
 
 
 def fcdm(name: str, channels: int, num_classes: int) -> LiquidUNet:
     """Our frame with FCDM's blocks."""
-    return in_our_frame(FCDMBlock, channels, num_classes, *_FCDM_SHAPES[name])
+    return in_our_frame(lambda width, t, _: FCDMBlock(width, t), channels, num_classes, *_FCDM_SHAPES[name])
 
 
 def dit(name: str, channels: int, num_classes: int, size: int) -> Peer:
@@ -94,9 +97,9 @@ def channel_mixers(model: nn.Module) -> list[nn.Parameter]:
 
 
 class EagerBlock(nn.Module):
-    """The formulas of our block as one would first write them: three depthwise convolutions, no fused operation."""
+    """The formulas of our block as one would first write them: a convolution for each scale, no fused operation."""
 
-    def __init__(self, channels: int, condition_channels: int, hidden: int) -> None:
+    def __init__(self, channels: int, condition_channels: int, hidden: int, scales: Sequence[int]) -> None:
         super().__init__()
         self.heads = nn.Conv2d(channels, 2 * hidden, 1)
         self.project_heads = nn.Conv2d(hidden, channels, 1)
@@ -104,8 +107,7 @@ class EagerBlock(nn.Module):
         self.time_relaxation = nn.Linear(condition_channels, channels)
         self.log_rate = nn.Parameter(torch.zeros(channels))
         self.modulation = nn.Linear(condition_channels, 3 * channels)
-        self.depthwise = nn.ModuleList(nn.Conv2d(channels, channels, k, 1, k // 2, groups=channels) for k in (3, 5, 7))
-        self.pool_gate = nn.Linear(channels, channels)
+        self.depthwise = nn.ModuleList(nn.Conv2d(channels, channels, k, 1, k // 2, groups=channels) for k in scales)
         self.project = nn.Conv2d(channels, channels, 1)
 
     @staticmethod
@@ -121,10 +123,7 @@ class EagerBlock(nn.Module):
         x = alpha * x + (1 - alpha) * out
         scale, shift, c = self.modulation(condition)[:, :, None, None].chunk(3, 1)
         u = self.normalise(x) * (1 + scale) + shift
-        mixed = (
-            sum(layer(u) for layer in self.depthwise) * torch.sigmoid(self.pool_gate(u.mean((2, 3))))[..., None, None]
-        )
-        return x + c * self.project(mixed)
+        return x + c * self.project(sum(layer(u) for layer in self.depthwise))
 
 
 class EagerLiquidUNet(nn.Module):
@@ -133,13 +132,14 @@ class EagerLiquidUNet(nn.Module):
     def __init__(self, name: str, channels: int, num_classes: int) -> None:
         super().__init__()
         shape = preset(name)
-        widths, depths = shape.widths, shape.depths
+        widths, depths, decoder_depths = shape.widths, shape.depths, shape.decoder_depths or shape.depths
         wide = shape.condition_channels or 4 * widths[0]
         self.null_label = num_classes
 
         def blocks(i: int, depth: int) -> nn.ModuleList:
             return nn.ModuleList(
-                EagerBlock(widths[i], wide, hidden_width(widths[i], shape.ratio)) for _ in range(depth)
+                EagerBlock(widths[i], wide, hidden_width(widths[i], shape.ratio), SCALES if i else SCALES[:1])
+                for _ in range(depth)
             )
 
         last = len(widths) - 1
@@ -148,7 +148,7 @@ class EagerLiquidUNet(nn.Module):
         self.encoder = nn.ModuleList(blocks(i, depth) for i, depth in enumerate(depths))
         self.downsamples = nn.ModuleList(Downsample(widths[i], widths[i + 1]) for i in range(last))
         self.bottleneck = blocks(last, 2)
-        self.decoder = nn.ModuleList(blocks(i, depths[i]) for i in range(last, -1, -1))
+        self.decoder = nn.ModuleList(blocks(i, decoder_depths[i]) for i in range(last, -1, -1))
         below = [last, *range(last, 0, -1)]
         self.fuses = nn.ModuleList(
             nn.Conv2d(widths[coarse] + widths[fine], widths[fine], 1)

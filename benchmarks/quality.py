@@ -31,7 +31,7 @@ from typing import Any
 
 import pyarrow.parquet
 import torch
-from ablations import ABLATIONS, SHAPE_BEFORE, SHAPES_BEFORE, ablated
+from ablations import ABLATIONS, ablated
 from figures import CHOSEN_FOR, QUALITY, STEP_TIMES, best_learning_rate, draw_quality, read_rows
 from harness import Budget, Training, draw, fit_codec, held_out_loss, predict
 from peers import check_size, dico, dit, fcdm, unet2d
@@ -75,17 +75,11 @@ PEERS: dict[str, Callable[[str, int, int, int], nn.Module]] = {
     "UNet2DModel, no attention": lambda *shape: unet2d(*shape, attention=False),
     "DiTTransformer2DModel": dit,
 }
-# by its name alone: nano has none
-MODELS = PEERS | {
-    SHAPE_BEFORE: lambda preset, channels, classes, _: LiquidUNet(channels, classes, **vars(SHAPES_BEFORE[preset]))
-}
 
 
 def build(name: str, preset: str, channels: int, classes: int, side: int) -> nn.Module:
     """The peer or variant called `name`, of equal parameters."""
-    model = (
-        MODELS[name](preset, channels, classes, side) if name in MODELS else ablated(name, preset, channels, classes)
-    )
+    model = PEERS[name](preset, channels, classes, side) if name in PEERS else ablated(name, preset, channels, classes)
     check_size(model, LiquidUNet.from_preset(preset, channels, classes).num_parameters())
     return model
 
@@ -278,11 +272,9 @@ def parse() -> argparse.Namespace:
     groups = {"peers": list(PEERS), "ablations": list(ABLATIONS)}
     options.models = list(dict.fromkeys(name for given in options.models for name in groups.get(given, [given])))
     options.fractions = sorted({*options.fractions, 1.0})
-    unknown = [name for name in options.models if name not in MODELS and name not in ABLATIONS]
+    unknown = [name for name in options.models if name not in PEERS and name not in ABLATIONS]
     if unknown:
-        parser.error(f"there is no model {unknown[0]!r}; choose from {', '.join([*MODELS, *ABLATIONS])}")
-    if SHAPE_BEFORE in options.models and options.preset not in SHAPES_BEFORE:
-        parser.error(f"{options.preset} has no {SHAPE_BEFORE}; {', '.join(SHAPES_BEFORE)} have")
+        parser.error(f"there is no model {unknown[0]!r}; choose from {', '.join([*PEERS, *ABLATIONS])}")
     if not options.draw and not (options.data / "emoji64x3-train.parquet").is_file():
         parser.error(f"there is no emoji64x3-train.parquet in {options.data}; say --data")
     return options

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 
 from liquid_diffusion.convolution import PackedConvolution
 from liquid_diffusion.hardware import fastest_dtype
-from liquid_diffusion.models.depthwise import merge_kernels
 from liquid_diffusion.models.layers import channel_norm
 from liquid_diffusion.sampling import Velocity
 
@@ -43,7 +42,7 @@ _OWN_PARTS = frozenset({
     "LiquidUNet", "ConditionEmbedding", "ConditionLinear", "LiquidBlock", "ParallelCfC", "MultiScaleSpatialMix",
     "Downsample", "Join", "ChannelNorm",
 })  # fmt: skip
-_TORCH_PARTS = (nn.ModuleList, nn.Conv2d, nn.Linear, nn.Embedding)
+_TORCH_PARTS = (nn.ModuleList, nn.ParameterDict, nn.Conv2d, nn.Linear, nn.Embedding)
 
 # Of one tensor at the finest stage, in a part of a batch. Eight pictures of tiny at 128 x 128 latents took 379, 348,
 # 343 and 355 ms in parts of one, two, four and six (5 to 30 MiB), of base at 64 x 64 329, 313 and 291 in parts of
@@ -59,13 +58,6 @@ def _modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, shared: bool) -> Te
     if shared:
         return channel_norm(x, scale.flatten(), shift.flatten())
     return torch.addcmul(shift, channel_norm(x), scale)
-
-
-def _pool(u: Tensor) -> Tensor:
-    """The mean of each channel, (B, C, 1, 1), summed in float32."""
-    if u.device.type == "cpu":  # where `mean` copies u to float32 before; a pooling kernel of a GPU has too few threads
-        return F.avg_pool2d(u, u.shape[2:])
-    return u.mean((2, 3), keepdim=True)
 
 
 def _conditions(model: LiquidUNet, t: Tensor, labels: Tensor | None) -> Tensor:
@@ -102,10 +94,8 @@ class _FoldedBlock:
             for i, (weight, bias) in enumerate(zip(weights, biases, strict=True))
         ]
         self.out = PackedConvolution.of(cfc.project, dtype)
-        kernel = merge_kernels(mix.kernel_3, mix.kernel_5, mix.kernel_7)
+        kernel = mix.kernel
         self.depthwise = PackedConvolution(kernel, mix.bias, dtype, groups=kernel.shape[0])
-        pool = mix.pool_gate
-        self.pool_gate = PackedConvolution(pool.weight[:, :, None, None], pool.bias, dtype)
         self.project = PackedConvolution.of(mix.project, dtype)
 
     @staticmethod
@@ -130,8 +120,7 @@ class _FoldedBlock:
             self.out.add_scaled_to(x, z, take, self.shared)
 
         u = _modulated_norm(x, scale, shift, self.shared)
-        pooled = self.pool_gate(_pool(u)).sigmoid_()
-        return self.project.add_scaled_to(x, self.depthwise(u).mul_(pooled), output, self.shared)
+        return self.project.add_scaled_to(x, self.depthwise(u), output, self.shared)
 
 
 class _FoldedJoin:

@@ -24,6 +24,7 @@ class UNetConfig:
 
     widths: tuple[int, ...]
     depths: tuple[int, ...]
+    decoder_depths: tuple[int, ...] | None = None
     ratio: float = 1.3
     condition_channels: int | None = None
 

@@ -46,14 +46,14 @@ class PackedConvolution:
     ) -> None:
         self.weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
         self.bias = bias.to(dtype)
-        self.stride, self.padding, self.groups = [stride] * 2, [weight.shape[-1] // 2] * 2, groups
+        self.stride, self.padding, self.groups = [stride] * 2, [(weight.shape[-1] - 1) // 2] * 2, groups
         self.silu = silu
         self.packed: dict[torch.Size, Tensor] = {}  # by the shape of the input
         self.onednn = weight.device.type == "cpu" and _onednn_computes(dtype)
 
     @classmethod
     def of(cls, layer: nn.Conv2d, dtype: torch.dtype) -> PackedConvolution:
-        """The convolution of a layer with "same" padding, or of a downsampling one."""
+        """The convolution of a layer with "same" padding, or of a downsampling one without."""
         assert layer.bias is not None
         return cls(layer.weight, layer.bias, dtype, stride=layer.stride[0])
 

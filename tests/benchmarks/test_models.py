@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from ablations import ABLATIONS, SHAPE_BEFORE, SHAPES_BEFORE, MeanRelaxation, ThreeHeads, ablated
+from ablations import ABLATIONS, MeanRelaxation, ThreeHeads, ablated
 from blocks import DiCoBlock, FCDMBlock, GlobalResponseNorm
 from peers import channel_mixers
 from quality import PEERS, build
@@ -23,8 +23,8 @@ def test_equal_parameters() -> None:
         models = {name: build(name, "nano", 12, 9, 16) for name in NAMES}
         for name in ("DiCo block", "FCDM block", "UNet2DModel, no attention"):
             build(name, "tiny", 12, 9, 16)
-        for preset in SHAPES_BEFORE:
-            for name in (SHAPE_BEFORE, "UNet2DModel", "DiTTransformer2DModel"):
+        for preset in ("tiny", "small", "base"):
+            for name in ("UNet2DModel", "DiTTransformer2DModel"):
                 build(name, preset, 4, 9, 32)
         ours = LiquidUNet.from_preset("nano", 12, 9).num_parameters()
     counts = {name: sum(p.numel() for p in model.parameters()) / ours for name, model in models.items()}
@@ -96,8 +96,8 @@ def test_blocks_equal_a_transcription_of_their_papers(kind: type[DiCoBlock | FCD
 @pytest.mark.parametrize("name", ["DiCo block", "FCDM block", "relaxation none", "plain"])
 def test_a_new_block_without_relaxation_is_the_identity(name: str) -> None:
     model = build(name, "nano", 12, 9, 8)
-    block = next(next(model.encoder.children()).children())  # type: ignore[union-attr, operator]
-    width = model.config["widths"][0]  # type: ignore[index]
+    block = next(model.bottleneck.children())  # type: ignore[union-attr, operator]
+    width = model.config["widths"][-1]  # type: ignore[index]
     x = torch.randn(2, width, 8, 8)
     condition = model.condition(torch.rand(2), torch.tensor([0, 1]))  # type: ignore[operator]
     torch.testing.assert_close(block(x, condition), x, atol=0, rtol=0)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from liquid_diffusion.models.depthwise import depthwise_conv7, merge_kernels
+from liquid_diffusion.models.depthwise import depthwise_conv, merge_kernels
 
 
 def kernels(channels: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -17,7 +17,7 @@ def test_merged_kernel_is_the_sum_of_three_convolutions(height: int, width: int)
     x = torch.randn(2, 8, height, width)
     three = kernels(8)
     expected = sum(F.conv2d(x, k, padding=k.shape[-1] // 2, groups=8) for k in three)
-    torch.testing.assert_close(depthwise_conv7(x, merge_kernels(*three)), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(depthwise_conv(x, merge_kernels(three)), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (9, 14), (4, 4), (8, 3), (6, 2), (1, 1)])
@@ -27,7 +27,7 @@ def test_gradients_equal_the_library_in_float64(height: int, width: int) -> None
     bias = torch.randn(8)
     upstream = torch.randn(3, 8, height, width)
     leaves = [leaf.requires_grad_() for leaf in (x, *kernels(8), bias)]
-    out = depthwise_conv7(leaves[0], merge_kernels(*leaves[1:4]), leaves[4])
+    out = depthwise_conv(leaves[0], merge_kernels(leaves[1:4]), leaves[4])
     ours = torch.autograd.grad(out, leaves, upstream)
 
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
@@ -42,7 +42,7 @@ def test_gradients_in_bfloat16_stay_near_float32() -> None:
     gradients = []
     for dtype in (torch.float32, torch.bfloat16):
         leaves = [x.to(dtype).requires_grad_(), k7.clone().requires_grad_()]
-        gradients.append(torch.autograd.grad(depthwise_conv7(*leaves), leaves, upstream.to(dtype)))
+        gradients.append(torch.autograd.grad(depthwise_conv(*leaves), leaves, upstream.to(dtype)))
     for full, half in zip(*gradients, strict=True):
         error = (full - half.float()).norm() / full.norm()
         assert error < 0.01

@@ -58,7 +58,7 @@ def depthwise(x: Tensor, kernel: Tensor) -> Tensor:
     return out
 
 
-def transcription(weights: dict[str, Tensor], x: Tensor, condition: Tensor) -> Tensor:
+def transcription(weights: dict[str, Tensor], x: Tensor, condition: Tensor, scales: tuple[int, ...]) -> Tensor:
     """One liquid block, gate and relaxation liquid, in the dtype of its arguments."""
     m = [part[:, :, None, None] for part in linear(weights, "modulation", condition).split(C, dim=1)]
 
@@ -71,16 +71,16 @@ def transcription(weights: dict[str, Tensor], x: Tensor, condition: Tensor) -> T
     x = alpha * x + (1 - alpha) * out
 
     u = normalise(x) * (1 + m[0]) + m[1]
-    mixed = sum(depthwise(u, weights[f"mix.kernel_{k}"]) for k in (3, 5, 7)) + weights["mix.bias"][None, :, None, None]
-    pooled = sigmoid(linear(weights, "mix.pool_gate", u.mean((2, 3))))[:, :, None, None]
-    return x + m[2] * pointwise(weights, "mix.project", mixed * pooled)
+    mixed = sum(depthwise(u, weights[f"mix.kernels.{k}x{k}"]) for k in scales)
+    return x + m[2] * pointwise(weights, "mix.project", mixed + weights["mix.bias"][None, :, None, None])
 
 
-def test_block_equals_the_formulas_in_float64() -> None:
-    block = perturbed(LiquidBlock(C, T, H))
+@pytest.mark.parametrize("scales", [(3, 5, 7), (3,)])
+def test_block_equals_the_formulas_in_float64(scales: tuple[int, ...]) -> None:
+    block = perturbed(LiquidBlock(C, T, H, scales=scales))
     x, condition = torch.randn(2, C, 8, 12), torch.randn(2, T)
     weights = {name: value.double() for name, value in block.state_dict().items()}
-    expected = transcription(weights, x.double(), condition.double())
+    expected = transcription(weights, x.double(), condition.double(), scales)
     torch.testing.assert_close(block(x, condition).double(), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(block.double()(x.double(), condition.double()), expected, atol=1e-6, rtol=1e-6)
 
@@ -161,11 +161,11 @@ def test_a_new_block_hardly_changes_its_state() -> None:
     from liquid_diffusion.models.unet import LiquidUNet
 
     block = next(m for m in LiquidUNet.from_preset("nano").modules() if isinstance(m, LiquidBlock))
-    x = torch.randn(2, 96, 8, 8)
+    x = torch.randn(2, 128, 8, 8)
     condition = torch.randn(2, block.modulation.in_features) * 0.5
     out = block(x, condition)
     assert 0.01 < (out - x).norm() / x.norm() < 0.1
     block.cfc.relaxation = "none"
-    block.cfc.output_gate = ConditionLinear(block.modulation.in_features, 96)
+    block.cfc.output_gate = ConditionLinear(block.modulation.in_features, 128)
     block.cfc.reset_parameters()
     torch.testing.assert_close(block(x, condition), x, atol=0, rtol=0)

@@ -173,8 +173,7 @@ def test_state_dict_keys_are_frozen() -> None:
         "cfc.heads.weight", "cfc.heads.bias", "cfc.project.weight", "cfc.project.bias",
         "cfc.time_gate.weight", "cfc.time_gate.bias",
         "cfc.time_relaxation.weight", "cfc.time_relaxation.bias", "cfc.log_rate",
-        "mix.kernel_3", "mix.kernel_5", "mix.kernel_7", "mix.bias",
-        "mix.pool_gate.weight", "mix.pool_gate.bias", "mix.project.weight", "mix.project.bias",
+        "mix.kernels.3x3", "mix.kernels.5x5", "mix.kernels.7x7", "mix.bias", "mix.project.weight", "mix.project.bias",
     }  # fmt: skip
     tops = {name.split(".")[0] for name in small_model().state_dict()}
     assert tops == {

@@ -5,40 +5,44 @@ Shapes: B batch, C channels, H W height and width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_KERNEL = 7
+_KERNEL = 7  # whose backward pass is ours
 _PAD = _KERNEL // 2
 # oneDNN has a fast weight gradient for depthwise kernels at most three wide; a wider one falls back to a
 # reference loop. Measured at (64, 64, 16, 16) in bfloat16 on two cores: 7x7 17.3 ms, 7x3 0.6 ms.
 _STRIP = 3
 
 
-def merge_kernels(k3: Tensor, k5: Tensor, k7: Tensor) -> Tensor:
-    """The 7x7 kernel whose convolution equals the sum of the 3x3, 5x5 and 7x7 ones.
+def merge_kernels(kernels: Sequence[Tensor]) -> Tensor:
+    """The kernel whose convolution equals the sum of the convolutions with each of `kernels`.
 
     Convolution is linear in its kernel, so ``conv(x, k3) + conv(x, k5) + conv(x, k7)`` with "same" padding is
     ``conv(x, k)`` where k holds the smaller kernels added into its centre.
 
     Args:
-        k3, k5, k7: kernels (C, 1, 3, 3), (C, 1, 5, 5), (C, 1, 7, 7).
+        kernels: (C, 1, K, K) each, K odd, the largest last.
 
     Returns:
-        (C, 1, 7, 7).
+        (C, 1, K, K) of the largest K.
     """
-    return k7 + F.pad(k5, (1, 1, 1, 1)) + F.pad(k3, (2, 2, 2, 2))
+    *smaller, merged = kernels
+    for kernel in smaller:
+        merged = merged + F.pad(kernel, [(merged.shape[-1] - kernel.shape[-1]) // 2] * 4)
+    return merged
 
 
-def depthwise_conv7(x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Depthwise 7x7 convolution with "same" zero padding, at every device's fastest path.
+def depthwise_conv(x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Depthwise convolution with "same" zero padding; one of 7x7 at every device's fastest path.
 
     Args:
         x: (B, C, H, W); on a CPU `channels_last` is many times faster.
-        kernel: (C, 1, 7, 7), converted to the dtype of `x`.
+        kernel: (C, 1, K, K), K odd, converted to the dtype of `x`.
         bias: (C,) or None.
 
     Returns:
@@ -48,8 +52,8 @@ def depthwise_conv7(x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Te
     if bias is not None:
         bias = bias.to(x.dtype)
     with torch.autocast(x.device.type, enabled=False):
-        if x.device.type != "cpu" or not torch.is_grad_enabled():
-            return F.conv2d(x, kernel, bias, padding=_PAD, groups=x.shape[1])
+        if x.device.type != "cpu" or not torch.is_grad_enabled() or kernel.shape[-1] != _KERNEL:
+            return F.conv2d(x, kernel, bias, padding=kernel.shape[-1] // 2, groups=x.shape[1])
         return _DepthwiseConv7.apply(x, kernel, bias)
 
 

@@ -70,10 +70,10 @@ class ConditionEmbedding(nn.Module):
 
 
 class Downsample(nn.Conv2d):
-    """Stride-2 3x3 convolution: (B, C, H, W) -> (B, C', H/2, W/2)."""
+    """Squares of 2x2 pixels as one, by a linear map: (B, C, H, W) -> (B, C', H/2, W/2)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 3, stride=2, padding=1)
+        super().__init__(in_channels, out_channels, 2, stride=2)
 
 
 class Join(nn.Module):

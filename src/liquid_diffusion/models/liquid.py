@@ -7,17 +7,19 @@ Shapes: B batch, C channels, H W height and width, T width of the condition embe
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from liquid_diffusion.models.depthwise import depthwise_conv7, merge_kernels
+from liquid_diffusion.models.depthwise import depthwise_conv, merge_kernels
 from liquid_diffusion.models.layers import ConditionLinear, channel_norm
 
 Gate = Literal["liquid", "static", "none"]
 Relaxation = Literal["liquid", "none"]
+SCALES = (3, 5, 7)  # sides of the kernels of a spatial mix
 
 
 def cfc_gate(f: Tensor, g: Tensor, h: Tensor, a: Tensor | float = 1.0, b: Tensor | float = 0.0) -> Tensor:
@@ -153,28 +155,32 @@ class ParallelCfC(nn.Module):
 
 
 class MultiScaleSpatialMix(nn.Module):
-    """Depthwise 3x3 + 5x5 + 7x7 as one convolution, gated by what the whole picture holds, then 1x1."""
+    """Depthwise 3x3 + 5x5 + 7x7 as one convolution, then 1x1.
 
-    def __init__(self, channels: int) -> None:
+    Args:
+        channels: C.
+        scales: sides of the kernels, odd, ascending.
+    """
+
+    def __init__(self, channels: int, scales: Sequence[int] = SCALES) -> None:
         super().__init__()
-        self.kernel_3 = nn.Parameter(torch.empty(channels, 1, 3, 3))
-        self.kernel_5 = nn.Parameter(torch.empty(channels, 1, 5, 5))
-        self.kernel_7 = nn.Parameter(torch.empty(channels, 1, 7, 7))
+        self.kernels = nn.ParameterDict({f"{side}x{side}": torch.empty(channels, 1, side, side) for side in scales})
         self.bias = nn.Parameter(torch.zeros(channels))
-        self.pool_gate = nn.Linear(channels, channels)
         self.project = nn.Conv2d(channels, channels, 1)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Each scale starts with a third of the variance of one convolution."""
-        for kernel in (self.kernel_3, self.kernel_5, self.kernel_7):
-            nn.init.normal_(kernel, std=(3 * kernel.shape[-1] ** 2) ** -0.5)
+        """The scales start with equal shares of the variance of one convolution."""
+        for kernel in self.kernels.values():
+            nn.init.normal_(kernel, std=(len(self.kernels) * kernel.shape[-1] ** 2) ** -0.5)
+
+    @property
+    def kernel(self) -> Tensor:
+        """All scales as one kernel (C, 1, K, K) of the largest."""
+        return merge_kernels(list(self.kernels.values()))
 
     def forward(self, x: Tensor) -> Tensor:
-        kernel = merge_kernels(self.kernel_3, self.kernel_5, self.kernel_7)  # (C, 1, 7, 7)
-        pooled = torch.sigmoid(self.pool_gate(x.mean((2, 3))))  # (B, C)
-        x = depthwise_conv7(x, kernel, self.bias) * pooled[:, :, None, None]  # (B, C, H, W)
-        return self.project(x)
+        return self.project(depthwise_conv(x, self.kernel, self.bias))
 
 
 class LiquidBlock(nn.Module):
@@ -188,6 +194,7 @@ class LiquidBlock(nn.Module):
         condition_channels: T.
         hidden: width of the liquid layer's heads.
         gate, relaxation: see `ParallelCfC`.
+        scales: see `MultiScaleSpatialMix`.
     """
 
     def __init__(
@@ -197,11 +204,12 @@ class LiquidBlock(nn.Module):
         hidden: int,
         gate: Gate = "liquid",
         relaxation: Relaxation = "liquid",
+        scales: Sequence[int] = SCALES,
     ) -> None:
         super().__init__()
         self.cfc = ParallelCfC(channels, condition_channels, hidden, gate, relaxation)
         self.modulation = ConditionLinear(condition_channels, 3 * channels)
-        self.mix = MultiScaleSpatialMix(channels)
+        self.mix = MultiScaleSpatialMix(channels, scales)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         x = self.cfc(x, condition)  # (B, C, H, W)
