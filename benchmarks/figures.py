@@ -17,14 +17,13 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 QUALITY = RESULTS / "quality.csv"
-FORMER = {  # by the words before the names of its tables
-    "former": RESULTS / "former" / "quality.csv",  # of the block and the frame before
-    "pooling gate": RESULTS / "former" / "quality-pooling-gate.csv",  # of today's block as it was with a pooling gate
-}
 STEP_TIMES = RESULTS / "step-time.csv"
 CAUSAL = RESULTS / "causal.csv"
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "ablations.md"
-FORMER_DOCUMENT = DOCUMENT.with_name("ablations-before.md")
+FORMER = {  # by the words before the names of the tables: where the rows of a block of before are, and its page
+    "pooling gate": (RESULTS / "former" / "quality-pooling-gate.csv", DOCUMENT.with_name("ablations-pooling-gate.md")),
+    "former": (RESULTS / "former" / "quality.csv", DOCUMENT.with_name("ablations-before.md")),
+}
 NOT_YET = "*Not run yet.*"
 
 SETTING = (
@@ -323,7 +322,6 @@ def _quality_tables(rows: list[Row], questions: dict[str, str] | None = None) ->
     return {
         "learning rates": tuning_table(rows),
         "ablations": comparison_tables(variants, "liquid", questions),
-        "optimisers": optimizer_table(rows),
         "peers at equal time": comparison_tables([row for row in peers if row["budget"].endswith(" s")], "liquid"),
         "peers at equal images": comparison_tables(
             [row for row in peers if row["budget"].endswith("images")], "liquid"
@@ -357,9 +355,10 @@ def draw_causal() -> None:
 
 def main() -> None:
     draw_quality()
-    for words, path in FORMER.items():
-        tables = _quality_tables(_at_chosen_rates(read_rows(path)))
-        write_tables({f"{words} {name}": table for name, table in tables.items()}, FORMER_DOCUMENT)
+    for words, (path, document) in FORMER.items():
+        rows = _at_chosen_rates(read_rows(path))
+        tables = _quality_tables(rows) | {"optimisers": optimizer_table(rows)}
+        write_tables({f"{words} {name}": table for name, table in tables.items()}, document)
     draw_causal()
 
 

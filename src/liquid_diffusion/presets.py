@@ -17,17 +17,17 @@ def nano() -> UNetConfig:
 
 
 def tiny() -> UNetConfig:
-    """22 M parameters."""
+    """23 M parameters."""
     return UNetConfig(widths=(160, 160, 256), depths=(0, 1, 4), decoder_depths=(2, 1, 4), condition_channels=896)
 
 
 def small() -> UNetConfig:
-    """69 M parameters."""
+    """68 M parameters."""
     return UNetConfig(widths=(224, 256, 448), depths=(0, 2, 6), decoder_depths=(2, 2, 6), condition_channels=1056)
 
 
 def base() -> UNetConfig:
-    """156 M parameters."""
+    """155 M parameters."""
     return UNetConfig(widths=(320, 384, 576), depths=(0, 2, 8), decoder_depths=(2, 2, 8), condition_channels=1536)
 
 

@@ -136,6 +136,8 @@ def test_wrong_construction_is_refused() -> None:
         small_model(num_classes=0)(torch.randn(1, 4, 8, 8), 0.5, torch.tensor([0]))
     with pytest.raises(ValueError, match="differ in length"):
         small_model(depths=(1, 1))
+    with pytest.raises(ValueError, match=r"\(0, 2\) differ in length"):
+        small_model(decoder_depths=(0, 2))
     with pytest.raises(UserError, match="no model 'huge'; choose from nano, tiny, small, base"):
         LiquidUNet.from_preset("huge")
 
@@ -163,6 +165,26 @@ def test_save_and_load(tmp_path: Path) -> None:
         torch.testing.assert_close(value, model.state_dict()[name], atol=0, rtol=0)
     # to rounding: weights that lie elsewhere in memory are summed in another order by some processors' kernels
     torch.testing.assert_close(again(x, 0.2).sample, model.eval()(x, 0.2).sample, atol=1e-6, rtol=1e-5)
+
+
+def test_scales_of_the_spatial_mix() -> None:
+    """3x3 alone at the finest stage, 3x3, 5x5 and 7x7 at the others, in encoder, bottleneck and decoder."""
+    model = small_model()
+    finest, coarse = {"3x3"}, {"3x3", "5x5", "7x7"}
+    stages = [*model.encoder, model.bottleneck, *model.decoder]
+    found = [set(block.mix.kernels) for stage in stages for block in stage.children()]  # type: ignore[union-attr]
+    assert found == [finest, coarse, coarse, coarse, coarse, coarse, coarse, finest]
+
+
+def test_encoder_and_decoder_may_have_other_depths() -> None:
+    model = perturbed(small_model(depths=(0, 1, 2), decoder_depths=(2, 0, 1)))
+    assert [len(stage) for stage in model.encoder] == [0, 1, 2]  # type: ignore[arg-type]
+    assert [len(stage) for stage in model.decoder] == [1, 0, 2]  # type: ignore[arg-type]  # from the coarsest
+    x = torch.randn(2, 4, 8, 12)
+    out = model(x, 0.3).sample
+    assert out.shape == x.shape
+    out.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 def test_state_dict_keys_are_frozen() -> None:
