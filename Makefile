@@ -88,7 +88,7 @@ shapes: bench-installed  ## tiny and small beside what they were before, equal i
 causal: bench-installed  ## the packaged model with its liquid layers disturbed
 	$(BIN)/python benchmarks/causal.py
 
-SHIP_STEPS ?= 13000
+SHIP_STEPS ?= 9000
 
 ship: bench-installed  ## train the packaged model again, measure it, and put it into the package
 	$(BIN)/liquid-diffusion train --data emoji --image-size 32 --model nano --steps $(SHIP_STEPS) --flip true --out runs/nano-emoji

@@ -73,8 +73,10 @@ def best_learning_rate(rows: list[Row], model: str, setting: Mapping[str, str]) 
     for name in (model, "liquid") if _is_variant(model) else (model,):
         wanted = {"split": "tune", "model": name, "fraction": "1"} | {key: setting[key] for key in CHOSEN_FOR}
         tuned = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
-        if tuned:  # losses of one budget are compared: of that which most rates were tried under
-            tuned = max(_group(tuned, "budget").values(), key=len)
+        if tuned:  # losses of one budget are compared: of the longest that several rates were tried under
+            budgets = list(_group(tuned, "budget").values())
+            several = [some for some in budgets if len(some) > 1] or budgets
+            tuned = max(several, key=lambda some: float(some[0]["budget"].split()[0]))
             return min(tuned, key=lambda row: float(row["loss"]))["lr"]
     return None
 

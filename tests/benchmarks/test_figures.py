@@ -73,7 +73,10 @@ def test_a_learning_rate_is_chosen_by_the_loss_on_the_split_for_choices() -> Non
     some += rows("liquid", 0, split="tune", lr="0.016", loss="0.2", fraction="0.5")
     some += rows("liquid", 0, lr="0.032", loss="0.1")
     some += rows("UNet2DModel", 0, split="tune", lr="0.016", optimizer="muon")
-    some += rows("liquid", 0, split="tune", lr="0.064", loss="0.1", budget="960 s")  # longer, and alone
+    some += rows("liquid", 0, split="tune", lr="0.064", loss="0.1", budget="1000 s")  # longest, and alone
+    some += rows("liquid", 0, split="tune", lr="0.064", loss="0.1", budget="90 s")  # the best of shorter ones
+    some += rows("liquid", 0, split="tune", lr="0.128", loss="0.2", budget="90 s")
+    some += rows("liquid", 0, split="tune", lr="0.256", loss="0.3", budget="90 s")
     here = {"size": "32", "preset": "nano", "optimizer": "adamw"}
     assert best_learning_rate(some, "liquid", here) == "0.008"
     assert [best_learning_rate(some, name, here) for name in ("plain", "gate none")] == ["0.008", "0.008"]
