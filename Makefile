@@ -79,12 +79,6 @@ quality: bench-installed  ## our model beside peers, equal time and equal images
 ablations: bench-installed  ## variants of the liquid block, equal time; after quality, which chooses the learning rate and measures the steps
 	$(QUALITY) --seconds $(SECONDS) --clock table --models ablations --seeds $(SEEDS)
 
-shapes: bench-installed  ## tiny and small beside what they were before, equal images
-	$(QUALITY) --preset tiny --images 16000 --clock cpu --split tune --fractions 1 --models liquid "shape before"
-	$(QUALITY) --preset tiny --images 16000 --clock cpu --fractions 1 --models liquid "shape before" --seeds $(SEEDS)
-	$(QUALITY) --preset tiny --images 48000 --clock cpu --split tune --fractions 1 --models liquid "shape before" --lr 0.008
-	$(QUALITY) --preset small --images 6400 --clock cpu --split tune --fractions 1 --models liquid "shape before" --lr 0.004
-
 causal: bench-installed  ## the packaged model with its liquid layers disturbed
 	$(BIN)/python benchmarks/causal.py
 
