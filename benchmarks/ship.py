@@ -90,7 +90,7 @@ FID.
 
 It knows these emoji and nothing else, at this size, and takes no text. Flags, faces, people, clocks and some animals
 are its best; signs are coloured squares with no letters, and small things fall apart. The simplest (pictograms of
-families, clocks, some faces) come out nearly as they are in the set:
+families, a flag of stripes) come out nearly as they are in the set:
 benchmarks/results/nano-emoji-nearest.png in the repository has the 16 nearest pairs. It was made to show what a few
 million parameters do, and to try the commands with.
 """
