@@ -289,21 +289,27 @@ def plot_curves(rows: list[Row], name: str, x: str, words: str) -> None:
 
 
 def draw_quality() -> None:
-    """All that quality.csv tells: tables in docs/ablations.md, and curves of either budget's setting with most rows."""
+    """All that quality.csv tells: tables in docs/ablations.md, and curves."""
     from ablations import ABLATIONS
 
     rows = _at_chosen_rates(read_rows(QUALITY))
     tables = _quality_tables(rows, {name: ablation.question for name, ablation in ABLATIONS.items()})
+    write_tables(_with_curves(tables, rows, "quality"))
+
+
+def _with_curves(tables: dict[str, str], rows: list[Row], stem: str) -> dict[str, str]:
+    """The tables, under those of peers the curves of either budget's setting with most rows, if it has any."""
+    found = dict(tables)
     for name, unit, x, words in (
         ("time", " s", "seconds", "seconds of training steps"),
         ("images", "images", "images", "images seen"),
     ):
         some = [row for row in rows if row["model"] in PEERS and row["budget"].endswith(unit) and row["split"] == "val"]
-        settings = list(_group(some, *SETTING).values())
-        if settings:
-            plot_curves(max(settings, key=len), f"quality-{name}", x, words)
-            tables[f"peers at equal {name}"] += _picture(f"quality-{name}", f"Kernel distance against {words}")
-    write_tables(tables)
+        setting = max(_group(some, *SETTING).values(), key=len, default=[])
+        if any(float(row["fraction"]) < 1 for row in setting):  # else each training is a point
+            plot_curves(setting, f"{stem}-{name}", x, words)
+            found[f"peers at equal {name}"] += _picture(f"{stem}-{name}", f"Kernel distance against {words}")
+    return found
 
 
 def _at_chosen_rates(rows: list[Row]) -> list[Row]:
@@ -359,7 +365,8 @@ def main() -> None:
     draw_quality()
     for words, (path, document) in FORMER.items():
         rows = _at_chosen_rates(read_rows(path))
-        tables = _quality_tables(rows) | {"optimisers": optimizer_table(rows)}
+        tables = _with_curves(_quality_tables(rows), rows, f"quality-{words.replace(' ', '-')}")
+        tables["optimisers"] = optimizer_table(rows)
         write_tables({f"{words} {name}": table for name, table in tables.items()}, document)
     draw_causal()
 

@@ -50,7 +50,8 @@ def beside(found: dict[Case, dict[str, Row]], header: list[str], places: list[in
 def speed_tables(rows: list[Row]) -> dict[str, str]:
     """Tables of the machine with AMX, one of what was measured without it, and two of a GPU."""
     found = cases([row for row in rows if row["machine"].endswith("AMX")])
-    without = cases([row for row in rows if row["machine"].endswith("AVX512_BF16")])
+    avx512 = [row for row in rows if row["machine"].endswith("AVX512_BF16")]
+    without = cases([row for row in avx512 if row["commit"] == avx512[-1]["commit"]])  # other cases are of other models
     gpu = cases([row for row in rows if row["machine"].startswith("NVIDIA")])
     alike = {case: gpu.pop(case) for case in list(gpu) if case[0].endswith("all compiled")}
 
