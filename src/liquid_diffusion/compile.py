@@ -42,7 +42,7 @@ _OWN_PARTS = frozenset({
     "LiquidUNet", "ConditionEmbedding", "ConditionLinear", "LiquidBlock", "ParallelCfC", "MultiScaleSpatialMix",
     "Downsample", "Join", "ChannelNorm",
 })  # fmt: skip
-_TORCH_PARTS = (nn.ModuleList, nn.ParameterDict, nn.Conv2d, nn.Linear, nn.Embedding)
+_TORCH_PARTS = (nn.ModuleList, nn.Conv2d, nn.Linear, nn.Embedding)
 
 # Of one tensor at the finest stage, in a part of a batch. Eight pictures of tiny at 128 x 128 latents took 379, 348,
 # 343 and 355 ms in parts of one, two, four and six (5 to 30 MiB), of base at 64 x 64 329, 313 and 291 in parts of

@@ -71,7 +71,7 @@ def transcription(weights: dict[str, Tensor], x: Tensor, condition: Tensor, scal
     x = alpha * x + (1 - alpha) * out
 
     u = normalise(x) * (1 + m[0]) + m[1]
-    mixed = sum(depthwise(u, weights[f"mix.kernels.{k}x{k}"]) for k in scales)
+    mixed = sum(depthwise(u, weights[f"mix.kernel_{k}"]) for k in scales)
     return x + m[2] * pointwise(weights, "mix.project", mixed + weights["mix.bias"][None, :, None, None])
 
 

@@ -170,9 +170,9 @@ def test_save_and_load(tmp_path: Path) -> None:
 def test_scales_of_the_spatial_mix() -> None:
     """3x3 alone at the finest stage, 3x3, 5x5 and 7x7 at the others, in encoder, bottleneck and decoder."""
     model = small_model()
-    finest, coarse = {"3x3"}, {"3x3", "5x5", "7x7"}
+    finest, coarse = (3,), (3, 5, 7)
     stages = [*model.encoder, model.bottleneck, *model.decoder]
-    found = [set(block.mix.kernels) for stage in stages for block in stage.children()]  # type: ignore[union-attr]
+    found = [block.mix.scales for stage in stages for block in stage.children()]  # type: ignore[union-attr]
     assert found == [finest, coarse, coarse, coarse, coarse, coarse, coarse, finest]
 
 
@@ -195,7 +195,7 @@ def test_state_dict_keys_are_frozen() -> None:
         "cfc.heads.weight", "cfc.heads.bias", "cfc.project.weight", "cfc.project.bias",
         "cfc.time_gate.weight", "cfc.time_gate.bias",
         "cfc.time_relaxation.weight", "cfc.time_relaxation.bias", "cfc.log_rate",
-        "mix.kernels.3x3", "mix.kernels.5x5", "mix.kernels.7x7", "mix.bias", "mix.project.weight", "mix.project.bias",
+        "mix.kernel_3", "mix.kernel_5", "mix.kernel_7", "mix.bias", "mix.project.weight", "mix.project.bias",
     }  # fmt: skip
     tops = {name.split(".")[0] for name in small_model().state_dict()}
     assert tops == {

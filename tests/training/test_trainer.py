@@ -468,7 +468,7 @@ def test_compiled_blocks_train_as_they_do(
     assert said.count("Compiling the blocks") == 1
     assert "can't be compiled" not in said
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-    assert found + losses("compiled", 2, compile=True) == pytest.approx(expected, rel=1e-5)
+    assert found + losses("compiled", 2, compile=True) == pytest.approx(expected, rel=5e-5)  # sums in another order
 
     torch._dynamo.reset()
     capsys.readouterr()

@@ -164,20 +164,25 @@ class MultiScaleSpatialMix(nn.Module):
 
     def __init__(self, channels: int, scales: Sequence[int] = SCALES) -> None:
         super().__init__()
-        self.kernels = nn.ParameterDict({f"{side}x{side}": torch.empty(channels, 1, side, side) for side in scales})
+        self.scales = tuple(scales)
+        for side in scales:  # as weights of this module, where what offloads weights looks for them
+            self.register_parameter(f"kernel_{side}", nn.Parameter(torch.empty(channels, 1, side, side)))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.project = nn.Conv2d(channels, channels, 1)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """The scales start with equal shares of the variance of one convolution."""
-        for kernel in self.kernels.values():
-            nn.init.normal_(kernel, std=(len(self.kernels) * kernel.shape[-1] ** 2) ** -0.5)
+        for kernel in self._kernels():
+            nn.init.normal_(kernel, std=(len(self.scales) * kernel.shape[-1] ** 2) ** -0.5)
+
+    def _kernels(self) -> list[Tensor]:
+        return [getattr(self, f"kernel_{side}") for side in self.scales]
 
     @property
     def kernel(self) -> Tensor:
         """All scales as one kernel (C, 1, K, K) of the largest."""
-        return merge_kernels(list(self.kernels.values()))
+        return merge_kernels(self._kernels())
 
     def forward(self, x: Tensor) -> Tensor:
         return self.project(depthwise_conv(x, self.kernel, self.bias))
