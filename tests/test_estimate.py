@@ -51,8 +51,7 @@ def peak_of(function: Callable[[], object]) -> int:
     return peak
 
 
-# With checkpointing and a batch of 4 gradients are most of it, and the estimate is a ninth too high: that is not what it
-# is asked for.
+# With checkpointing and a batch of 4 gradients are most of it, and the estimate is a ninth too high.
 @pytest.mark.parametrize(
     "changes",
     [{}, {"precision": "fp32"}, {"gradient_checkpointing": True, "batch_size": 16}, {"batch_size": 12}],
