@@ -1,4 +1,5 @@
-"""The tables of docs/performance.md, made from the CSV files in benchmarks/results and from nothing else.
+"""The tables of docs/performance.md, and of the page of the block before, made from the CSV files in benchmarks/results
+and from nothing else.
 
     python benchmarks/performance_tables.py
 
@@ -10,9 +11,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from figures import NOT_YET, RESULTS, Row, markdown, read_rows, write_tables
-from speed import EACH, OURS
+from speed import EACH, FORMER, OURS, of_last_processor
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
+FORMER_DOCUMENT = DOCUMENT.with_name("performance-pooling-gate.md")
 Case = tuple[str, str, str, str]  # task, preset, batch, latent
 
 
@@ -48,12 +50,8 @@ def beside(found: dict[Case, dict[str, Row]], header: list[str], places: list[in
 
 
 def speed_tables(rows: list[Row]) -> dict[str, str]:
-    """Tables of the machine with AMX, one of what was measured without it, and two of a GPU."""
-    found = cases([row for row in rows if row["machine"].endswith("AMX")])
-    avx512 = [row for row in rows if row["machine"].endswith("AVX512_BF16")]
-    without = cases([row for row in avx512 if row["commit"] == avx512[-1]["commit"]])  # other cases are of other models
-    gpu = cases([row for row in rows if row["machine"].startswith("NVIDIA")])
-    alike = {case: gpu.pop(case) for case in list(gpu) if case[0].endswith("all compiled")}
+    """Tables of the processor measured last."""
+    found = cases(of_last_processor(rows))
 
     def of(task: str, preset: str | None = None) -> dict[Case, dict[str, Row]]:
         return {case: models for case, models in found.items() if case[0] == task and preset in (None, case[1])}
@@ -67,13 +65,20 @@ def speed_tables(rows: list[Row]) -> dict[str, str]:
     return {
         "evaluation": beside(of("evaluation", "tiny"), ["batch", "latent"], [2, 3]),
         "training step": beside(of("training step", "tiny"), ["batch", "latent"], [2, 3]),
-        "without AMX": beside(without, ["task", "batch", "latent"], [0, 2, 3]),
-        "gpu": beside(gpu, ["task", "batch", "latent"], [0, 2, 3]),
-        "gpu, all alike": beside(alike, ["batch", "latent"], [2, 3]),
         "all compiled": beside(of("training step, all compiled", "tiny"), ["batch", "latent"], [2, 3]),
         "presets": beside(largest, ["task", "preset"], [0, 1]),
         "float32": beside(of("evaluation in float32", "tiny"), ["batch", "latent"], [2, 3]),
         "with decoder": beside(of("sampling with decoder", "tiny"), ["batch", "latent"], [2, 3]),
+    }
+
+
+def gpu_tables(rows: list[Row]) -> dict[str, str]:
+    """Models as they ship, and all of them recorded alike."""
+    gpu = cases([row for row in rows if row["machine"].startswith("NVIDIA")])
+    alike = {case: gpu.pop(case) for case in list(gpu) if case[0].endswith("all compiled")}
+    return {
+        "gpu": beside(gpu, ["task", "batch", "latent"], [0, 2, 3]),
+        "gpu, all alike": beside(alike, ["batch", "latent"], [2, 3]),
     }
 
 
@@ -181,16 +186,25 @@ def reading_table(rows: list[Row]) -> str:
     return markdown(["256 px from", "pictures a second", "of a step spent waiting"], lines) if rows else NOT_YET
 
 
+def processor_tables(folder: Path) -> dict[str, str]:
+    """All that the files of a folder tell of processors."""
+    return {
+        **speed_tables(read_rows(folder / "speed.csv")),
+        "profile": profile_table(read_rows(folder / "profile.csv")),
+        "roofline": roofline_table(read_rows(folder / "roofline.csv")),
+    }
+
+
 def main() -> None:
-    tables = speed_tables(read_rows(RESULTS / "speed.csv"))
-    tables["profile"] = profile_table(read_rows(RESULTS / "profile.csv"))
-    tables["roofline"] = roofline_table(read_rows(RESULTS / "roofline.csv"))
-    tables["steps on a GPU"] = step_time_table(read_rows(RESULTS / "former" / "step-time.csv"))
-    tables["memory beside a GPU"] = beside_gpu_table(read_rows(RESULTS / "former" / "memory-beside-gpu.csv"))
+    tables = processor_tables(RESULTS)
+    tables |= gpu_tables(read_rows(FORMER / "speed.csv"))  # no GPU has had the block of today
+    tables["steps on a GPU"] = step_time_table(read_rows(FORMER / "step-time.csv"))
+    tables["memory beside a GPU"] = beside_gpu_table(read_rows(FORMER / "memory-beside-gpu.csv"))
     tables["memory"] = memory_table(read_rows(RESULTS / "memory.csv"))
     tables["precision"] = precision_table(read_rows(RESULTS / "precision.csv"))
     tables["reading"] = reading_table(read_rows(RESULTS / "data.csv"))
     write_tables(tables, DOCUMENT)
+    write_tables(processor_tables(FORMER), FORMER_DOCUMENT)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from figures import RESULTS, Row, read_rows
 from peers import EagerLiquidUNet, check_size, compile_for_training, dit, unet2d
 from torch import Tensor, nn
 
@@ -37,9 +38,10 @@ from liquid_diffusion.pipeline import LiquidDiffusionPipeline
 from liquid_diffusion.sampling import make_scheduler, solver_times
 from liquid_diffusion.training.recording import RecordedGradients
 
-RESULTS = Path(__file__).parent / "results"
+FORMER = RESULTS / "former"  # of the blocks before
 CHANNELS, CLASSES, STEPS = 4, 9, 25
 _CALLS_ON_A_GPU = 10
+_SECONDS_OF_A_RUN = 1.0  # on a CPU
 COLUMNS = [
     "commit",
     "machine",
@@ -84,21 +86,26 @@ def build(name: str, size: int, device: torch.device) -> dict[str, nn.Module]:
 
 
 def take_turns(functions: dict[str, Callable[[], object]], runs: int, device: torch.device) -> dict[str, list[float]]:
-    """Milliseconds of a call of each function in each run, one after the other, after one that is not counted.
+    """Milliseconds of a call of each function in each run, one after the other, after two that are not counted.
 
-    On a GPU a run is as many calls as a loop would make without waiting for their results, and their mean.
+    A run is the mean of some calls without a pause, as a loop makes them, and with what the last one left in the
+    caches: on a GPU ten, whose results nobody waits for; on a CPU as many as fit into a second, at most the evaluations
+    of a picture.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
-    calls = _CALLS_ON_A_GPU if device.type == "cuda" else 1
-    for run in range(runs + 1):
+    calls = dict.fromkeys(functions, _CALLS_ON_A_GPU if device.type == "cuda" else 1)
+    for run in range(runs + 2):
         for name, function in functions.items():
             start = time.perf_counter()
-            for _ in range(calls):
+            for _ in range(calls[name]):
                 function()
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            if run:
-                times[name].append(1000 * (time.perf_counter() - start) / calls)
+            seconds = (time.perf_counter() - start) / calls[name]
+            if run > 1:
+                times[name].append(1000 * seconds)
+            elif run and device.type == "cpu":  # the first is not like the others: it compiles, and takes its memory
+                calls[name] = min(max(1, int(_SECONDS_OF_A_RUN / seconds)), STEPS)
     return times
 
 
@@ -342,16 +349,24 @@ def measure(preset: str, sizes: list[int], batches: list[int], tasks: list[str],
                     file.flush()
 
 
-def draw() -> None:
-    """benchmarks/results/speed.png: time of an evaluation against pixels, with the fitted exponent."""
+def of_last_processor(rows: list[Row]) -> list[Row]:
+    """Rows of the processor that was measured last; a GPU is none."""
+    rows = [row for row in rows if not row["machine"].startswith("NVIDIA")]
+    return [row for row in rows if row["machine"] == rows[-1]["machine"]]
+
+
+def draw(path: Path, picture: Path) -> None:
+    """Time of an evaluation of tiny against pixels, with the fitted exponent, on the processor measured last."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    with (RESULTS / "speed.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["task"] == "evaluation" and row["preset"] == "tiny"]
-    rows = [row for row in rows if row["machine"].endswith("AMX")]
+    rows = [
+        row for row in of_last_processor(read_rows(path)) if row["preset"] == "tiny" and row["task"] == "evaluation"
+    ]
+    if not rows:
+        return
     batch = max((row["batch"] for row in rows), key=int)
     rows = [row for row in rows if row["batch"] == batch and "," not in row["model"]]
     latest = {(row["model"], int(row["latent"])): float(row["median_ms"]) for row in rows}
@@ -369,7 +384,8 @@ def draw() -> None:
     axes.grid(which="both", alpha=0.2)
     axes.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(RESULTS / "speed.png", dpi=130)
+    figure.savefig(picture, dpi=130)
+    plt.close(figure)
 
 
 def main() -> None:
@@ -383,7 +399,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.plot:
         measure(arguments.preset, arguments.sizes, arguments.batches, arguments.tasks, arguments.runs)
-    draw()
+    draw(RESULTS / "speed.csv", RESULTS / "speed.png")
+    draw(FORMER / "speed.csv", RESULTS / "speed-former.png")
 
 
 if __name__ == "__main__":
