@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
+from liquid_diffusion.columns import aligned
+
 
 @dataclass(frozen=True)
 class DatasetFacts:
@@ -152,8 +154,6 @@ def describe(as_json: bool = False) -> str:
         captions = f"in {facts.captions}" if facts.captions else "-"
         shown = (facts.hub_id or "-", f"{facts.pictures:,}", facts.size, classes or "-", captions, facts.files)
         rows.append((facts.name, *shown, facts.licence))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     notes = [f"{facts.name}: {facts.note}" for facts in DATASETS if facts.note]
     own = [
         "--data takes these names and ids; NAME@OWNER/NAME reads a copy under another id; or your own: a folder, which",
@@ -161,4 +161,4 @@ def describe(as_json: bool = False) -> str:
         "id with pictures.",
         "liquid-diffusion datasets show SOURCE --out grid.png draws what a model would be fed.",
     ]
-    return "\n".join([*lines, "", *notes, "", *own])
+    return "\n".join([*aligned(rows), "", *notes, "", *own])

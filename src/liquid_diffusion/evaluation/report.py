@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from liquid_diffusion.columns import aligned
+
 _ROWS = (
     ("kernel distance", "kd"),
     ("Frechet distance", "fd"),
@@ -25,11 +27,6 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
 def table(facts: dict[str, Any]) -> str:
     """The facts of `evaluate.measure` in words and columns."""
     setting = facts["samples"]
@@ -42,7 +39,7 @@ def table(facts: dict[str, Any]) -> str:
     samples, real = _distances(facts), _distances(facts["real"]) if "real" in facts else None
     rows = [["", "samples", *(["training pictures"] if real else [])]]
     rows += [[words, samples[key], *([real[key]] if real else [])] for words, key in _ROWS]
-    lines += _aligned(rows)
+    lines += aligned(rows)
     if facts["classes_as_in_reference"] is False:
         lines.append("(the reference tells no classes that the model knows: each of its own was drawn equally often)")
     lines.append(f"(Frechet distance, precision and recall at {facts['fd_pictures']} pictures a side)")
@@ -66,7 +63,7 @@ def table(facts: dict[str, Any]) -> str:
             if share is not None:
                 told[1] = f"{share:.1%} of the samples"
             rows.append([space, _number(near["samples_median"]), _number(near["held_out_median"]), *told])
-        lines += ["", *_aligned(rows)]
+        lines += ["", *aligned(rows)]
         if memory["held_out_weighted_by_class"]:
             lines.append("(held-out pictures count so that each class is as frequent among them as among the samples)")
         if memory["held_out_seen"]:

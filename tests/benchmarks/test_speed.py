@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import speed
+import torch
+from performance_tables import speed_tables
+from speed import STEPS, of_last_processor, take_turns
+
+CPU = torch.device("cpu")
+
+
+def test_a_run_is_as_many_calls_as_fit_into_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that the functions turn on: the first call, which compiles, counts nowhere."""
+    now, calls = 0.0, {"quick": 0, "slow": 0}
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: now)
+
+    def function(name: str, seconds: float) -> Callable[[], None]:
+        def call() -> None:
+            nonlocal now
+            now += seconds if calls[name] else 50.0
+            calls[name] += 1
+
+        return call
+
+    times = take_turns({"quick": function("quick", 0.01), "slow": function("slow", 0.4)}, 3, CPU)
+    assert times["quick"] == pytest.approx([10.0] * 3)
+    assert times["slow"] == pytest.approx([400.0] * 3)
+    assert calls == {"quick": 2 + 3 * STEPS, "slow": 2 + 3 * 2}
+
+
+def row(machine: str, model: str, median: str, task: str = "evaluation") -> dict[str, str]:
+    case = {"task": task, "preset": "tiny", "batch": "8", "latent": "32"}
+    return {"machine": machine, "model": model, "median_ms": median, "least_ms": "1.0", "most_ms": "99.0", **case}
+
+
+def test_tables_are_of_the_processor_measured_last_and_of_its_newest_rows() -> None:
+    rows = [
+        row("2 cores x86_64, AMX", speed.OURS, "10.0"),
+        row("4 cores arm64, no bfloat16", speed.OURS, "50.0"),
+        row("4 cores arm64, no bfloat16", speed.OURS, "20.0"),
+        row("4 cores arm64, no bfloat16", "peer", "70.0"),
+        row("NVIDIA H100", speed.OURS, "1.0"),
+    ]
+    assert [found["machine"] for found in of_last_processor(rows)] == ["4 cores arm64, no bfloat16"] * 3
+    assert "| 8 | 32 | 20.0 (1.0 to 99.0) | 70.0, **3.5 x** |" in speed_tables(rows)["evaluation"]
+    assert of_last_processor([]) == []
