@@ -17,6 +17,7 @@ FLOORS = {
     "errors": 0,
     "writing": 0,
     "config": 0,
+    "columns": 0,
     "bundle": 0,
     "model_index": 0,
     "presets": 0,
