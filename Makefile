@@ -73,7 +73,7 @@ QUALITY = $(BIN)/python benchmarks/quality.py --threads 1 --optimizer $(OPTIMIZE
 quality: bench-installed  ## our model beside peers, equal time and equal images; DATA=folder of emoji64x3
 	$(QUALITY) --models peers ablations --measure 14
 	$(QUALITY) --seconds $(TUNING_SECONDS) --clock table --split tune --fractions 1
-	$(QUALITY) --seconds $(SECONDS) --clock table --split tune --fractions 1 --models liquid
+	$(QUALITY) --seconds $(SECONDS) --clock table --split tune --fractions 1 --models liquid "DiCo block"
 	$(QUALITY) --seconds $(SECONDS) --clock table --seeds $(SEEDS)
 	$(QUALITY) --images 32000 --clock cpu --seeds $(SEEDS)
 
