@@ -34,6 +34,7 @@ SETTING = (
     "device",
     "threads",
     "optimizer",
+    "time_shift",
 )  # only what has these in common is compared
 CHOSEN_FOR = ("size", "preset", "optimizer")  # what a learning rate was chosen for
 _CLEAR = 2  # standard errors; less is called no difference
@@ -74,8 +75,8 @@ def best_learning_rate(rows: list[Row], model: str, setting: Mapping[str, str]) 
         wanted = {"split": "tune", "model": name, "fraction": "1"} | {key: setting[key] for key in CHOSEN_FOR}
         tuned = [row for row in rows if all(row[key] == value for key, value in wanted.items())]
         if tuned:  # losses of one budget are compared: of the longest that several rates were tried under
-            budgets = list(_group(tuned, "budget").values())
-            several = [some for some in budgets if len(some) > 1] or budgets
+            budgets = list(_group(tuned, "budget", "time_shift").values())
+            several = [some for some in budgets if len(_group(some, "lr")) > 1] or budgets
             tuned = max(several, key=lambda some: float(some[0]["budget"].split()[0]))
             return min(tuned, key=lambda row: float(row["loss"]))["lr"]
     return None
@@ -124,7 +125,8 @@ def _setting(row: Row) -> str:
     clock = {"cpu": " of the processor's time", "table": " by the table of step times"}.get(row["clock"], "")
     budget = f"{row['budget']}{clock}" if row["budget"].endswith(" s") else row["budget"]
     muon = ", all by Muon" if row["optimizer"] == "muon" else ""
-    return f"{budget} each, {row['size']} px, size of {row['preset']}, {row['device']}{threads}{muon}"
+    times = "" if float(row["time_shift"]) == 1 else f", training times shifted by {row['time_shift']}"
+    return f"{budget} each, {row['size']} px, size of {row['preset']}, {row['device']}{threads}{muon}{times}"
 
 
 def _order(models: dict[tuple[str, ...], list[Row]]) -> list[tuple[str, ...]]:
@@ -201,7 +203,8 @@ def optimizer_table(rows: list[Row]) -> str:
 
 def tuning_table(rows: list[Row]) -> str:
     """Loss at the end of the trainings for choices, for each learning rate."""
-    final = [row for row in rows if row["split"] == "tune" and float(row["fraction"]) == 1]
+    times = [row for some in _times_tried(rows) for row in some]
+    final = [row for row in rows if row["split"] == "tune" and float(row["fraction"]) == 1 and row not in times]
     tables = []
     for setting in _group(final, *SETTING).values():
         rates = sorted({row["lr"] for row in setting}, key=float)
@@ -214,6 +217,30 @@ def tuning_table(rows: list[Row]) -> str:
             ]
             lines.append([model, *cells])
         tables.append(f"{_setting(setting[0])}:\n\n{markdown(['model', *rates], lines)}")
+    return "\n\n".join(tables) or NOT_YET
+
+
+def _times_tried(rows: list[Row]) -> list[list[Row]]:
+    """Trainings for choices that differ by their training times, together."""
+    final = [row for row in rows if row["split"] == "tune" and float(row["fraction"]) == 1]
+    settings = _group(final, *(name for name in SETTING if name != "time_shift")).values()
+    return [some for some in settings if len(_group(some, "time_shift")) > 1]
+
+
+def times_table(rows: list[Row]) -> str:
+    """Kernel distance on the split for choices, for each shift of the training times that was tried."""
+    tables = []
+    for setting in _times_tried(rows):
+        shifts = sorted({row["time_shift"] for row in setting}, key=float)
+        lines = []
+        for (model,), some in _group(setting, "model").items():
+            found = {shift: mean_and_error(tried) for (shift,), tried in _group(some, "time_shift").items()}
+            best = min(found, key=lambda shift: found[shift][0])
+            cells = {shift: f"{value:.3f} ± {error:.3f}" for shift, (value, error) in found.items()}
+            cells[best] = f"**{cells[best]}**"
+            lines.append([model, *(cells.get(shift, "") for shift in shifts)])
+        header = ["model", *(f"shift {shift}" for shift in shifts)]
+        tables.append(f"{_setting({**setting[0], 'time_shift': '1'})}:\n\n{markdown(header, lines)}")
     return "\n\n".join(tables) or NOT_YET
 
 
@@ -294,6 +321,7 @@ def draw_quality() -> None:
 
     rows = _at_chosen_rates(read_rows(QUALITY))
     tables = _quality_tables(rows, {name: ablation.question for name, ablation in ABLATIONS.items()})
+    tables["training times"] = times_table(rows)
     write_tables(_with_curves(tables, rows, "quality"))
 
 

@@ -58,7 +58,7 @@ TUNE_SHARE = 10  # one in this many code points of train is held out to choose l
 # to choose a learning rate)
 COLUMNS = [
     *("commit", "device", "threads", "split", "size", "preset", "model", "seed", "budget", "clock", "lr", "optimizer"),
-    *("parameters", "flops", "fraction", "steps", "images", "seconds", "loss", "held_out_loss"),
+    *("time_shift", "parameters", "flops", "fraction", "steps", "images", "seconds", "loss", "held_out_loss"),
     *("kd", "kd_standard_error", "fd", "precision", "recall", "fd_pictures"),
 ]
 STEP_TIME_COLUMNS = [
@@ -121,7 +121,8 @@ class Comparison:
             torch.set_num_threads(options.threads or torch.get_num_threads())
         self.train, self.reference = pictures(options.data, options.size, options.split)
         self.codec = fit_codec(PixelCodec(2), self.train)
-        if options.split == "val" and not options.measure:
+        self.draws = not options.measure and (options.split == "val" or options.chosen_rates)
+        if self.draws:
             self.extractor = make_features("lite0", self.device)
             self.real = CachedFeatures(self.extractor, self.device).of(self.reference)
             self.labels = labels_of(self.reference)
@@ -140,7 +141,8 @@ class Comparison:
         model = build(name, self.options.preset, self.codec.channels, classes, side)
         model = model.to(self.device, memory_format=torch.preserve_format if "DiT" in name else torch.channels_last)
         ablation = ABLATIONS[name if name in ABLATIONS else OURS]
-        how = (lr, seed, ablation.times, ablation.time_shift, self.options.optimizer)
+        shift = ablation.time_shift * self.options.time_shift
+        how = (lr, seed, ablation.times, shift, self.options.optimizer)
         return Training(model, self.train, self.codec, *how)
 
     def measure(self, names: list[str], runs: int) -> None:
@@ -186,12 +188,14 @@ class Comparison:
             "clock": self.options.clock,
             "lr": lr,
             "optimizer": self.options.optimizer,
+            "time_shift": f"{self.options.time_shift:g}",
         }
 
     def run(self, name: str, seed: int, lr: float) -> None:
         budget = self._budget(name)
         facts = self._facts(name, seed, lr, budget)
-        if any(all(row[key] == str(value) for key, value in facts.items()) for row in read_rows(QUALITY)):
+        done = [row for row in read_rows(QUALITY) if all(row[key] == str(value) for key, value in facts.items())]
+        if any(row["kd"] or not self.draws for row in done):
             print(f"{name}, seed {seed}, lr {lr:g}: is there already", flush=True)
             return
         training = self._training(name, seed, lr)
@@ -204,7 +208,7 @@ class Comparison:
         for point in training.points(budget, self.options.fractions):
             found = {"held_out_loss": held_out_loss(model, self.codec, self.reference)}
             said = f"loss {point.loss:.3f}, held out {found['held_out_loss']:.4f}"
-            if self.options.split == "val":
+            if self.draws:
                 samples = draw(model, self.codec, self.labels, self.options.size, STEPS)
                 found |= compare(self.real, extract(self.extractor, samples.split(32), self.device))
                 said += f", KD {found['kd']:.4f} +- {found['kd_standard_error']:.4f}"
@@ -261,7 +265,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--split", choices=("val", "tune"), default="val", help="tune: choose learning rates")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--lr", type=float, help="one for all, in place of the best of `--split tune`")
+    parser.add_argument(
+        "--chosen-rates", action="store_true", help="with `--split tune`: rates are chosen, something else is not"
+    )
     parser.add_argument("--optimizer", choices=("adamw", "muon"), default="adamw", help="of all models")
+    parser.add_argument("--time-shift", type=float, default=1.0, help="of the training times of all models")
     parser.add_argument(
         "--fractions", type=float, nargs="+", default=list(FRACTIONS), help="of the budget, evaluated at"
     )
@@ -288,7 +296,7 @@ def plan(options: argparse.Namespace) -> list[tuple[str, int, float]]:
             best = best_learning_rate(rows, name, {key: str(getattr(options, key)) for key in CHOSEN_FOR})
             if options.lr:
                 rates: tuple[float, ...] = (options.lr,)
-            elif options.split == "tune":
+            elif options.split == "tune" and not options.chosen_rates:
                 rates = LEARNING_RATES[options.optimizer]
             elif best is not None:
                 rates = (float(best),)

@@ -169,9 +169,11 @@ def schedule(device: torch.device) -> list[float]:
     return solver_times(make_scheduler(), STEPS, device)
 
 
-def plain(model: nn.Module, x: Tensor, t: Tensor, labels: Tensor) -> Callable[[], Tensor]:
-    """One evaluation of a model as it is, in the arithmetic that the machine is fast in."""
-    dtype = fastest_dtype(x.device)
+def plain(
+    model: nn.Module, x: Tensor, t: Tensor, labels: Tensor, dtype: torch.dtype | None = None
+) -> Callable[[], Tensor]:
+    """One evaluation of a model as it is, in a dtype or in the one that the machine is fast in."""
+    dtype = dtype or fastest_dtype(x.device)
 
     @torch.compiler.set_stance("force_eager")
     @torch.no_grad()
@@ -251,7 +253,10 @@ def recorded(function: Callable[[], object]) -> Callable[[], object]:
 
 
 def edge(models: dict[str, nn.Module], batch: int, size: int, device: torch.device) -> dict[str, Callable]:
-    """One evaluation in float32, for machines without a matrix unit: PyTorch beside onnxruntime."""
+    """One evaluation in float32, for machines that are not fast in bfloat16: PyTorch beside onnxruntime.
+
+    And beside both the sampler in bfloat16, as it is where a machine is fast in it.
+    """
     import onnxruntime
 
     ours, times, x, t, labels = evaluation(models, batch, size, device)
@@ -263,16 +268,16 @@ def edge(models: dict[str, nn.Module], batch: int, size: int, device: torch.devi
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # else it slows whoever comes next
         session = onnxruntime.InferenceSession(f"{folder}/model.onnx", options, providers=["CPUExecutionProvider"])
     inputs = {"sample": x.contiguous().numpy(), "timestep": t.numpy(), "class_labels": labels.numpy()}
-
-    @torch.no_grad()
-    def not_compiled() -> None:
-        ours(x, t, labels)
-
-    return {
+    functions: dict[str, Callable] = {
         OURS: lambda: compiled(x, t),
-        f"{OURS}, not compiled": not_compiled,
+        f"{OURS}, not compiled": plain(ours, x, t, labels, torch.float32),
+        "eager transcription": plain(models["eager transcription"], x, t, labels, torch.float32),
         f"{OURS}, onnxruntime": lambda: session.run(None, inputs),
     }
+    if fastest_dtype(device) != torch.float32:
+        fast = compile_for_sampling(ours, times, labels[0])
+        functions[f"{OURS}, bfloat16"] = lambda: fast(x, t)
+    return functions
 
 
 def with_decoder(models: dict[str, nn.Module], batch: int, size: int, device: torch.device) -> dict[str, Callable]:

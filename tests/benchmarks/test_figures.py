@@ -11,6 +11,7 @@ from figures import (
     comparison_tables,
     mean_and_error,
     optimizer_table,
+    times_table,
     tuning_table,
     verdict,
     write_tables,
@@ -22,7 +23,7 @@ def rows(model: str, *values: float, **changes: str) -> list[Row]:
     base = {
         "split": "val", "fraction": "1", "budget": "480 s", "clock": "wall", "size": "32", "preset": "nano",
         "device": "x86_64", "threads": "2", "parameters": "5720652", "flops": "1e9", "steps": "1000", "lr": "0.001",
-        "optimizer": "adamw",
+        "optimizer": "adamw", "time_shift": "1",
         "fd": "700", "precision": "0.5", "recall": "0.25", "kd_standard_error": "0.01",
         "loss": "0.2", "held_out_loss": "0.25", "seconds": "480",
     }  # fmt: skip
@@ -82,6 +83,22 @@ def test_a_learning_rate_is_chosen_by_the_loss_on_the_split_for_choices() -> Non
     assert [best_learning_rate(some, name, here) for name in ("plain", "gate none")] == ["0.008", "0.008"]
     assert best_learning_rate(some, "UNet2DModel", here) is None
     assert best_learning_rate(some, "UNet2DModel", here | {"optimizer": "muon"}) == "0.016"
+
+
+def test_training_times_are_chosen_by_the_kernel_distance_on_the_split_for_choices() -> None:
+    some = rows("liquid", 0.4, 0.6, split="tune") + rows("liquid", 0.3, split="tune", time_shift="2")
+    some += rows("peer", 0.7, split="tune") + rows("liquid", 0.1, time_shift="4")
+    assert times_table(some).splitlines()[2:] == [
+        "| model | shift 1 | shift 2 |",
+        "| --- | --- | --- |",
+        "| liquid | 0.500 ± 0.100 | **0.300 ± 0.010** |",
+        "| peer | **0.700 ± 0.010** |  |",
+    ]
+    assert times_table(some).startswith("480 s each, 32 px, size of nano, x86_64, 2 threads:")
+    assert tuning_table(some) == NOT_YET  # one rate is no choice of rates
+    assert best_learning_rate(some, "liquid", some[0]) == "0.001"
+    shifted = comparison_tables(rows("liquid", 0.4, time_shift="2") + rows("peer", 0.5, time_shift="2"), "liquid")
+    assert shifted.startswith("480 s each, 32 px, size of nano, x86_64, 2 threads, training times shifted by 2:")
 
 
 def test_optimisers_are_told_of_models_that_had_both() -> None:

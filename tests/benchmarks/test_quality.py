@@ -93,6 +93,12 @@ def test_equal_images(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     page = (folder / "ablations.md").read_text()
     assert f"{float(rows[1]['kd']):.3f} ± " in page
     assert (folder / "quality-images.png").stat().st_size > 10_000
+    choices = ["--split", "tune", "--chosen-rates", "--fractions", "1"]
+    for shift in ("1", "3"):  # chosen by pictures, as losses of other times can't be compared
+        some = run("liquid", *choices, "--time-shift", shift)
+        assert (some[-1]["time_shift"], some[-1]["split"], some[-1]["lr"]) == (shift, "tune", "0.001")
+    assert len({row["loss"] for row in some[-2:]}) == 2
+    assert "| model | shift 1 | shift 3 |" in (folder / "ablations.md").read_text()
 
 
 def test_equal_time_by_the_table_of_step_times(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
