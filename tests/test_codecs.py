@@ -131,6 +131,9 @@ def test_codecs_that_can_not_be_had(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:500])
     with pytest.raises(UserError, match=r"codec in .*cut is damaged"):
         load_vae(str(tmp_path / "cut"))
+    tiny_vae().save_pretrained(tmp_path / "pickled", safe_serialization=False)
+    with pytest.raises(UserError, match=r"pickled is damaged, or has no safetensors"):
+        load_vae(str(tmp_path / "pickled"))
     with pytest.raises(UserError, match="is a UNet2DModel; only AutoencoderKL and AutoencoderTiny"):
         load_vae(str(tmp_path / "unet"))
 

@@ -162,7 +162,9 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 0
     assert "GiB" in capsys.readouterr().out
     assert main(["estimate", "--image-size", "100"]) == 2
-    assert "image_size 100 can't be divided by 32" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "image_size 100 can't be divided by 32" in said
+    assert "the next that can is 128" in said
     with pytest.raises(UserError, match="gpu_memory must be above 0"):
         EstimateConfig(gpu_memory=0)
 

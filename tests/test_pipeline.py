@@ -95,6 +95,9 @@ def test_class_names() -> None:
             pipeline.labels(wrong, 3)
     with pytest.raises(UserError, match="2 classes were given for 3 pictures"):
         pipeline.labels(["cat", "dog"], 3)
+    for some, count in ((["cat", "dog", "cat"], 3), (torch.tensor([1, 0]), 2), ("dog", 1), (None, 1)):
+        drawn = pipeline(class_labels=some, num_inference_steps=1, output_type="pt")  # as many as classes are given
+        assert len(drawn.images) == count
     cased = make()
     cased.register_to_config(label_names=["A", "a"])
     found = cased.labels(["a", "A", "a"], 3)
@@ -383,6 +386,9 @@ def test_save_and_load(tmp_path: Path, with_vae: bool) -> None:
 
 
 def test_runs_that_can_not_be_loaded(tmp_path: Path) -> None:
+    for nowhere in ("./nowhere", "runs/nowhere/pipeline", "/nowhere"):
+        with pytest.raises(UserError, match=f"There is no folder {nowhere}"):
+            LiquidDiffusionPipeline.from_pretrained(nowhere)
     with pytest.raises(UserError, match=r"no run './nowhere'; train one with"):
         load_pipeline("./nowhere")
     with pytest.raises(UserError, match="no trained model yet"):

@@ -100,7 +100,12 @@ def test_the_card_of_a_data_set_on_the_hub_and_of_a_folder(trained: Path, tmp_pa
 
     pipeline = load_pipeline(str(trained))
     settings = yaml.safe_load((trained / "config.yaml").read_text())
-    for data, ids in (("huggan/AFHQv2", ["huggan/AFHQv2"]), ("/home/me/holiday", None)):
+    for data, ids, name in (
+        ("huggan/AFHQv2", ["huggan/AFHQv2"], "[huggan/AFHQv2]("),
+        ("/home/me/holiday", None, "pictures from a folder called `holiday`"),
+        ("/home/me/holiday/*.parquet", None, "pictures from a folder called `holiday`"),
+        ("/home/me/holiday.parquet", None, "a parquet file called `holiday.parquet`"),
+    ):
         (tmp_path / "config.yaml").write_text(yaml.safe_dump({**settings, "data": data}))
         card = model_card(pipeline, tmp_path, "me/it")
         assert card.data.get("datasets") == ids
@@ -108,7 +113,7 @@ def test_the_card_of_a_data_set_on_the_hub_and_of_a_folder(trained: Path, tmp_pa
         assert "/home/me" not in card.text
         assert "Its quality was not measured" in card.text
         assert "samples.png" not in card.text
-    assert "a folder called `holiday`" in card.text
+        assert f"Trained on {name}" in card.text
 
 
 def test_figures_of_a_model_that_was_trained_further_are_left_out(trained: Path, tmp_path: Path) -> None:
@@ -208,5 +213,5 @@ def test_models_that_can_not_be_had(little_hub: LittleHub, tmp_path: Path, capsy
     (large / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
     (large / "model.safetensors").write_bytes(bytes(1000))
     assert main(["sample", "somebody/large", "--out", str(tmp_path / "x.png")]) == 2
-    assert "is no pipeline of liquid-diffusion, but a StableDiffusionPipeline" in capsys.readouterr().err
+    assert "somebody/large is no pipeline of liquid-diffusion, but a StableDiffusion" in capsys.readouterr().err
     assert not little_hub.requests("*.safetensors")

@@ -79,9 +79,18 @@ def test_own_pictures() -> None:
     assert (config.codec, config.flip, config.out) == ("sd-vae", True, "runs/my_photos-256")
 
 
-def test_runs_of_tables_have_their_names() -> None:
-    for data, out in (("/a/pets.parquet", "runs/pets-64"), ("/a/pets/*.parquet", "runs/pets-64")):
-        assert resolve(TrainConfig(data=data, image_size=64), "cpu").out == out
+def test_runs_of_tables_have_their_names(tmp_path: Path) -> None:
+    for data in (
+        "pets.parquet",
+        "pets/*.parquet",
+        "pets/**/*.parquet",
+        "pets/train-0000[0-3].parquet",
+        "pets/t-?.parquet",
+    ):
+        out = "runs/pets-64"
+        assert resolve(TrainConfig(data=f"/a/{data}", image_size=64), "cpu").out == out
+    (tmp_path / "pets [2020]").mkdir()
+    assert resolve(TrainConfig(data=str(tmp_path / "pets [2020]"), image_size=64), "cpu").out == "runs/pets [2020]-64"
 
 
 def test_what_was_said_stays() -> None:

@@ -6,6 +6,7 @@ import difflib
 import importlib
 import os
 import re
+import shlex
 import sys
 from argparse import SUPPRESS, Action, RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -51,9 +52,9 @@ def _train(arguments: dict[str, Any]) -> int:
     if warning := trainer.memory_warning():
         say(warning)
     if trainer.run():
-        say(f"Done: {run.path}/samples. More pictures: liquid-diffusion sample {run.path}")
+        say(f"Done: {run.path}/samples. More pictures: {shlex.join(['liquid-diffusion', 'sample', str(run.path)])}")
         return 0
-    go_on = f"liquid-diffusion train --config {run.config_file}"
+    go_on = shlex.join(["liquid-diffusion", "train", "--config", str(run.config_file)])
     say(f"Stopped at step {trainer.step}; all is saved. Go on by the same command, or: {go_on}")
     return 130
 

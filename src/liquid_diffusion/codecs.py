@@ -22,7 +22,7 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from liquid_diffusion.errors import UserError, is_out_of_memory
+from liquid_diffusion.errors import UserError, first_line, is_out_of_memory
 from liquid_diffusion.hardware import fastest_dtype
 from liquid_diffusion.patience import patiently
 
@@ -271,10 +271,12 @@ def load_vae(name: str) -> AutoencoderKL | AutoencoderTiny:
             kind = AutoencoderKL.load_config(source, subfolder=subfolder).get("_class_name")
             if kind not in classes:
                 raise UserError(f"The codec {name!r} is a {kind}; only AutoencoderKL and AutoencoderTiny are known.")
-            return classes[kind].from_pretrained(source, subfolder=subfolder, torch_dtype=torch.float32)
+            return classes[kind].from_pretrained(
+                source, subfolder=subfolder, torch_dtype=torch.float32, use_safetensors=True
+            )
     except (OSError, SafetensorError, HFValidationError) as error:
         if Path(source).is_dir():
-            raise UserError(f"The codec in {name} is damaged: {error}") from error
+            raise UserError(f"The codec in {name} is damaged, or has no safetensors: {first_line(error)}") from error
         raise UserError(
             f"The codec {name!r} can't be had: it is no folder here, and the Hub does not know it or can't be reached. "
             "Check the name and the network; --codec pixels needs no autoencoder."

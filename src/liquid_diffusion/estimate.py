@@ -23,10 +23,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from tqdm import tqdm
 
 from liquid_diffusion.config import EstimateConfig, RunConfig, encoded_at_once
-from liquid_diffusion.errors import UserError
 from liquid_diffusion.flow import flow_loss
 from liquid_diffusion.models.unet import LiquidUNet
-from liquid_diffusion.resolve import FACTORS, resolve_estimate
+from liquid_diffusion.resolve import FACTORS, check_size, resolve_estimate
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Of a card's memory, what the CUDA context and the allocator's gaps leave.
@@ -143,9 +142,7 @@ def moments(config: EstimateConfig) -> tuple[int, dict[str, dict[str, int]]]:
     assert config.codec is not None
     assert config.batch_size is not None
     factor, channels = FACTORS[config.codec], 12 if config.codec == "pixels" else 4
-    multiple = 4 * factor
-    if config.image_size % multiple:
-        raise UserError(f"image_size {config.image_size} can't be divided by {multiple}.")
+    check_size(config.image_size, config.codec, factor)
     on_device = replace(config, cache_latents=False, ema_on_cpu=False, gpu_memory=None)  # what does not matter here
     with FakeTensorMode(allow_non_fake_inputs=True):
         parameters, peak = _train_on_fakes(on_device, config.batch_size, channels, config.image_size // factor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import warnings
@@ -15,6 +16,7 @@ from torch.export import Dim
 from liquid_diffusion.config import ExportConfig
 from liquid_diffusion.errors import UserError
 from liquid_diffusion.loading import load_pipeline
+from liquid_diffusion.models.liquid import MultiScaleSpatialMix
 from liquid_diffusion.models.unet import LiquidUNet
 from liquid_diffusion.pipeline import LiquidDiffusionPipeline
 from liquid_diffusion.publish import publish
@@ -32,12 +34,21 @@ class _Velocity(nn.Module):
         return self.model(sample, timestep, class_labels, return_dict=False)[0]
 
 
+def _with_one_kernel(model: LiquidUNet) -> LiquidUNet:
+    """A copy in float32 on the CPU, whose depthwise kernels are one each: the exporter merges small ones only."""
+    model = copy.deepcopy(model).eval().float().cpu()
+    for part in model.modules():
+        if isinstance(part, MultiScaleSpatialMix):
+            part.merge_scales()
+    return model
+
+
 @torch.no_grad()
 def export_onnx(pipeline: LiquidDiffusionPipeline, folder: Path) -> None:
     """Write model.onnx, the velocity v(sample, timestep, class_labels), and model.json, what belongs to it.
 
     The batch and the size of the sample are free; the size must be divisible as the model wants it. The depthwise
-    kernels are merged into one by constant folding. Only the model is exported, not the codec nor the solver.
+    kernels are merged into one. Only the model is exported, not the codec nor the solver.
 
     Raises:
         UserError: the extra `onnx` is not installed.
@@ -46,7 +57,7 @@ def export_onnx(pipeline: LiquidDiffusionPipeline, folder: Path) -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UserError("ONNX needs an extra: pip install 'liquid-diffusion[onnx]'.") from error
-    model = pipeline.unet.eval().float().cpu()
+    model = _with_one_kernel(pipeline.unet)
     channels, classes = model.config["in_channels"], model.config["num_classes"]
     side = 4 * model.downscale
     inputs = {"sample": torch.randn(2, channels, side, side), "timestep": torch.rand(2)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from importlib import resources
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def load_pipeline(run: str | None) -> LiquidDiffusionPipeline:
             raise UserError(f"{run} has no trained model yet: it is no run folder, or its first checkpoint is to come.")
         source = str(pipeline)
     elif folder.is_absolute() or run.startswith((".", "~")) or run.count("/") != 1:
-        raise UserError(f"There is no run {run!r}; train one with `liquid-diffusion train --out {run}`.")
+        raise UserError(f"There is no run {run!r}; train one with `liquid-diffusion train --out {shlex.quote(run)}`.")
     else:
         source = run
     try:

@@ -16,6 +16,7 @@ from liquid_diffusion.data.registry import DatasetFacts, find_facts
 from liquid_diffusion.history import grids, last_step
 from liquid_diffusion.model_index import without_path
 from liquid_diffusion.pipeline import LiquidDiffusionPipeline
+from liquid_diffusion.resolve import without_pattern
 
 GRID = "samples.png"
 _SETTINGS = (
@@ -50,7 +51,9 @@ def _data(data: str, facts: DatasetFacts | None, hub_id: str | None) -> str:
     elif facts:
         name = f"the data set `{facts.name}`"
     else:
-        name = f"pictures from a folder called `{Path(data).name}`"  # without the path, which is the trainer's own
+        place = without_pattern(data).name  # without the path, which is the trainer's own
+        kind = "a parquet file" if place.endswith(".parquet") else "pictures from a folder"
+        name = f"{kind} called `{place}`"
     licence = f"Licence of the pictures: {facts.licence}." if facts else "The licence of the pictures was not said."
     return f"Trained on {name}. {licence}"
 

@@ -111,6 +111,8 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
             if Path(source).is_dir():
                 if not (Path(source) / INDEX).is_file():
                     raise UserError(f"{source} is no pipeline: it has no {INDEX}.")
+            elif source.startswith((".", "/", "~")) or source.count("/") > 1:  # what no id of the Hub is
+                raise UserError(f"There is no folder {source}.")
             else:
                 of_the_hub = ("revision", "token", "cache_dir", "force_download", "local_files_only")
                 wanted = {name: kwargs.pop(name) for name in of_the_hub if name in kwargs}
@@ -118,7 +120,7 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
                 folder = snapshot_download(source, allow_patterns=INDEX, **wanted)
                 if not (Path(folder) / INDEX).is_file():
                     raise UserError(f"{source} is no pipeline: it has no {INDEX}.")
-                cls.load_config(folder)
+                with_own_classes(cls._dict_from_json_file(Path(folder) / INDEX), cls.__name__, source)
                 source = snapshot_download(source, allow_patterns=["*.json", "*.safetensors"], **wanted)
             kwargs = {"use_safetensors": True, **kwargs, "trust_remote_code": False}
         return super().from_pretrained(source, **kwargs)
@@ -248,7 +250,7 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         class_labels: Sequence[str | int] | Tensor | str | int | None = None,
         num_inference_steps: int = STEPS,
         guidance_scale: float | None = None,
@@ -263,7 +265,7 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
         """Draw pictures.
 
         Args:
-            batch_size: how many.
+            batch_size: how many; None for as many as there are classes in a list of them, else one.
             class_labels: names or numbers of classes, one for all or one for each; None takes all in turn.
             num_inference_steps: steps of the solver.
             guidance_scale: classifier-free guidance where there are classes; 1 is none, None the model's own.
@@ -283,6 +285,8 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
         Raises:
             UserError: an argument that can't be, in one sentence; see also `labels` and `sampling.for_flow`.
         """
+        if batch_size is None:
+            batch_size = 1 if class_labels is None or isinstance(class_labels, str | int) else len(class_labels)
         self._check(
             batch_size, num_inference_steps, guidance_scale, generator, output_type, callback_on_step_end_tensor_inputs
         )

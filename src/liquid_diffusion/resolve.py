@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import itertools
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -95,10 +96,16 @@ def _flip(data: str, wanted: bool | None) -> bool:
     return data != "emoji" if wanted is None else wanted
 
 
+def without_pattern(data: str) -> Path:
+    """A folder or a file by its whole path; of a pattern of files the folder that it begins with."""
+    path = Path(data).expanduser()
+    if not path.exists():
+        path = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), path.parts))
+    return path.resolve()
+
+
 def _name(data: str) -> str:
-    path = Path(data).expanduser().resolve()
-    if "*" in path.name:
-        return path.parent.name
+    path = without_pattern(data)
     return path.stem if path.suffix == ".parquet" else path.name
 
 

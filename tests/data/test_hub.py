@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Features, Value
+from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from datasets.exceptions import DatasetGenerationError
 from hub_sets import build, encoded, number_of, picture, write_parquet
@@ -142,6 +142,25 @@ def test_a_full_disk_is_not_the_networks_fault(error: OSError, words: str) -> No
         raise error
     with pytest.raises(UserError, match=words), _in_words("some/rows"):
         raise DatasetGenerationError("An error occurred while generating the dataset") from error
+
+
+def test_what_lies_here_is_not_the_networks_fault(tmp_path: Path) -> None:
+    Dataset.from_dict({"image": encoded([0])}).save_to_disk(tmp_path / "set")
+    next((tmp_path / "set").glob("*.arrow")).unlink()
+    with pytest.raises(UserError, match=r"The files of '.*set' can't be read: "):
+        open_source(str(tmp_path / "set"))
+
+
+def test_a_table_among_pictures(tmp_path: Path) -> None:
+    """One of numbers is nothing to train on; one of pictures goes before what lies beside it to look at."""
+    for n in (0, 1, 2):
+        (tmp_path / f"{n}.png").write_bytes(picture(n))
+    (tmp_path / "sub").mkdir()
+    write_parquet(tmp_path / "sub/likes.parquet", {"likes": [1, 2]}, Features({"likes": Value("int64")}))
+    assert sorted(numbers(open_source(str(tmp_path)), [0, 1, 2])) == [0, 1, 2]
+    write_parquet(tmp_path / "sub/x.parquet", {"image": encoded([7, 8])}, Features({"image": ImageFeature()}))
+    (tmp_path / "sub/likes.parquet").unlink()
+    assert numbers(open_source(str(tmp_path)), [0, 1]) == [7, 8]
 
 
 def test_a_folder_with_metadata(tmp_path: Path) -> None:

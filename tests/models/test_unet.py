@@ -124,6 +124,8 @@ def test_any_size_divisible_by_four(size: tuple[int, int]) -> None:
     [
         ((torch.randn(1, 4, 10, 8), 0.5), "divisible by 4"),
         ((torch.randn(1, 3, 8, 8), 0.5), "3 channels"),
+        ((torch.randn(1, 4, 8, 8), 500), "from 0 to 1, not 500"),
+        ((torch.randn(1, 4, 8, 8), float("nan")), "from 0 to 1, not nan"),
     ],
 )
 def test_wrong_samples_are_refused(arguments: tuple[torch.Tensor, float], words: str) -> None:

@@ -14,13 +14,15 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import load_dataset, load_dataset_builder, load_from_disk
+from datasets import Features, load_dataset, load_dataset_builder, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from httpx2 import HTTPError
 from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from liquid_diffusion.data.registry import find_facts
+from liquid_diffusion.data.sources import is_picture
+from liquid_diffusion.data.tables import holds_pictures
 from liquid_diffusion.errors import UserError, first_line
 from liquid_diffusion.hardware import process_state
 from liquid_diffusion.patience import patiently
@@ -60,7 +62,7 @@ def open_local_table(data: str) -> Any | None:
         UserError: the files can't be read, or there is nothing in them.
     """
     path = Path(data).expanduser()
-    with _in_words(data):
+    with _in_words(data, here=True):
         if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
             return load_from_disk(str(path))
         if (path / "dataset_dict.json").is_file():
@@ -81,13 +83,27 @@ def open_local_table(data: str) -> Any | None:
 
 
 def parquet_files(data: str) -> list[str]:
-    """The parquet files on the disk that `data` means: itself, those in it if it is a folder, or that match it."""
+    """The parquet files on the disk that `data` means: itself, those in it if it is a folder, or that match it.
+
+    A folder of pictures is none of parquet files because a table lies among them, but it is if that has pictures too: a
+    data set's own folder may have some of them beside it to look at.
+    """
     path = Path(data).expanduser()
     if path.is_file():
         return [str(path)] if path.suffix == ".parquet" else []
     if path.is_dir() and not any((path / name).is_file() for name in _METADATA):
-        return sorted(str(file) for file in path.rglob("*.parquet") if file.is_file())
+        tables = sorted(str(file) for file in path.rglob("*.parquet") if file.is_file())
+        pictures = (file for file in path.rglob("*") if is_picture(file.relative_to(path)))
+        return tables if any(map(_is_of_pictures, tables)) or not any(pictures) else []
     return sorted(glob.glob(str(path), recursive=True)) if path.suffix == ".parquet" else []  # noqa: PTH207  any root
+
+
+def _is_of_pictures(file: str) -> bool:
+    """Whether a parquet file has a column of pictures; a damaged one is taken for it, and will be told of."""
+    try:
+        return any(map(holds_pictures, Features.from_arrow_schema(pq.read_schema(file)).values()))
+    except (OSError, pa.ArrowException):
+        return True
 
 
 def find_on_hub(data: str) -> HubFiles:
@@ -159,8 +175,8 @@ def _is_of_this_disk(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def _in_words(data: str) -> Iterator[None]:
-    """What goes wrong within it becomes a `UserError`."""
+def _in_words(data: str, here: bool = False) -> Iterator[None]:
+    """What goes wrong within it becomes a `UserError`; of what lies on this machine, or on the Hub."""
     try:
         with patiently():
             yield
@@ -184,6 +200,8 @@ def _in_words(data: str) -> Iterator[None]:
         reason = first_line(error)
         if _is_of_this_disk(error):
             raise UserError(f"The data set {data!r} can't be prepared here: {reason}") from error
+        if here:
+            raise UserError(f"The files of {data!r} can't be read: {reason}") from error
         why = "" if reason.startswith("Couldn't reach") else f" ({reason})"  # which would be said twice
         raise UserError(
             f"The Hub can't be reached for {data!r}{why}; check the network, or train on a folder."

@@ -47,7 +47,7 @@ class Columns:
         for name in (image, label):
             if name is not None and name not in features:
                 raise UserError(f"{origin} has no column {name!r}, only {', '.join(features)}.")
-        images = [name for name in features if _holds_pictures(features[name])]
+        images = [name for name in features if holds_pictures(features[name])]
         if image is None and not images:
             raise UserError(f"{origin} has no column of pictures, only {', '.join(features)}.")
         if image is not None and image not in images:
@@ -78,7 +78,7 @@ def _is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def _holds_pictures(feature: Any) -> bool:
+def holds_pictures(feature: Any) -> bool:
     """Whether a column is one of pictures: as such, or of encoded ones that were stored without saying so."""
     from datasets import Image as ImageFeature
     from datasets import Value

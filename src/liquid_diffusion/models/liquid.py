@@ -84,7 +84,7 @@ class ParallelCfC(nn.Module):
     Args:
         channels: C.
         condition_channels: T.
-        hidden: width H of the heads.
+        hidden: width D of the heads.
         gate: "liquid" has slope and offset that depend on the time, "static" learned constants; with "none" there is
             no gate but one nonlinear head, ``out = project(SiLU(f))``.
         relaxation: "liquid", or "none" for a residual sum ``x + c(t) out`` that starts at c = 0 (adaLN-zero).
@@ -141,12 +141,12 @@ class ParallelCfC(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         a, b = self.slope_and_offset(condition)  # (B, C, 1, 1) each
-        z = self.heads(torch.addcmul(b.to(x.dtype), channel_norm(x), a.to(x.dtype)))  # (B, 2 H, H, W)
+        z = self.heads(torch.addcmul(b.to(x.dtype), channel_norm(x), a.to(x.dtype)))  # (B, 2 D, H, W); D without a gate
         if self.gate == "none":
-            z = F.silu(z)  # (B, H, H, W)
+            z = F.silu(z)  # (B, D, H, W)
         else:
             f, v = z.chunk(2, dim=1)
-            z = F.silu(f) * v  # cfc_gate(f, f * v, 0)
+            z = F.silu(f) * v  # (B, D, H, W), cfc_gate(f, f * v, 0)
         out = self.project(z)  # (B, C, H, W)
         if self.relaxation == "none":
             return torch.addcmul(x, self.output_gate(condition)[:, :, None, None].to(x.dtype), out)
@@ -183,6 +183,14 @@ class MultiScaleSpatialMix(nn.Module):
     def kernel(self) -> Tensor:
         """All scales as one kernel (C, 1, K, K) of the largest."""
         return merge_kernels(self._kernels())
+
+    def merge_scales(self) -> None:
+        """Keep one kernel, which computes the same; not to be trained further."""
+        kernel, side = self.kernel.detach(), self.scales[-1]
+        for smaller in self.scales[:-1]:
+            delattr(self, f"kernel_{smaller}")
+        self.scales = (side,)
+        self.register_parameter(f"kernel_{side}", nn.Parameter(kernel))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.project(depthwise_conv(x, self.kernel, self.bias))

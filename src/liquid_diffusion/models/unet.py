@@ -27,7 +27,9 @@ def hidden_width(channels: int, ratio: float) -> int:
 
 
 class LiquidUNet(ModelMixin, ConfigMixin):
-    """U-Net of liquid blocks; call and output are those of diffusers' `UNet2DModel`.
+    """U-Net of liquid blocks; call and output are those of diffusers' `UNet2DModel`, but for the time.
+
+    That is t in [0, 1], a flow scheduler's timestep over 1000; and no label means the null label.
 
     The presets are made by `from_preset`; what is left out here is a small model, and none of them.
 
@@ -155,7 +157,7 @@ class LiquidUNet(ModelMixin, ConfigMixin):
             An object with `sample` (B, in_channels, H, W), in the dtype of `sample` unless autocast says otherwise.
 
         Raises:
-            ValueError: wrong channels or size, or labels given to a model without classes.
+            ValueError: wrong channels or size, a number that is no time, or labels given to a model without classes.
         """
         x, skips = sample, []
         condition = self.condition(*self._check_inputs(sample, timestep, class_labels))  # (B, T)
@@ -187,6 +189,8 @@ class LiquidUNet(ModelMixin, ConfigMixin):
             raise ValueError(f"the sample has {channels} channels, the model wants {self.config.in_channels}")
         if height % self.downscale or width % self.downscale:
             raise ValueError(f"height and width must be divisible by {self.downscale}, not {height} x {width}")
+        if isinstance(timestep, int | float) and not 0 <= timestep <= 1:  # to look into a tensor a GPU would wait
+            raise ValueError(f"a time is a number from 0 to 1, not {timestep}: a scheduler's timestep over 1000")
         t = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).expand(batch)
         if not self.config.num_classes:
             if class_labels is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -333,7 +334,7 @@ class Trainer:
         except UserError as error:
             raise UserError(
                 f"{self.folder.path} is trained and saved, but not on the Hub. {error} Then: "
-                f"liquid-diffusion export {self.folder.path} --to hub --out {repo}"
+                f"liquid-diffusion export {shlex.quote(str(self.folder.path))} --to hub --out {repo}"
             ) from error
 
     @contextlib.contextmanager
