@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from liquid_diffusion.history import grids, loss_curve
+from liquid_diffusion.history import grids, last_step, loss_curve
 
 
 def test_of_many_grids_some_are_shown_with_the_first_and_the_last(tmp_path: Path) -> None:
@@ -20,6 +20,15 @@ def test_of_many_grids_some_are_shown_with_the_first_and_the_last(tmp_path: Path
     assert (steps[0], steps[-1], len(steps)) == (1_000_000, 500, 11)
     assert steps == sorted(set(steps), reverse=True)
     assert all(file.name == f"step-{step:06d}.png" for step, file in found)
+
+
+def test_the_last_step_is_that_of_the_weights_that_were_saved(tmp_path: Path) -> None:
+    assert last_step(tmp_path) is None
+    (tmp_path / "metrics.jsonl").write_text('{"step": 500, "loss": 0.5}\n{"step": 740, "loss": 0.4}\n')
+    assert last_step(tmp_path) == 740  # all that is known
+    for name in ("step-000000", "step-000500", "step-001000.partial"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert last_step(tmp_path) == 500
 
 
 def test_the_loss_is_the_mean_of_neighbouring_lines(tmp_path: Path) -> None:

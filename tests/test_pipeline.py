@@ -95,7 +95,11 @@ def test_class_names() -> None:
             pipeline.labels(wrong, 3)
     with pytest.raises(UserError, match="2 classes were given for 3 pictures"):
         pipeline.labels(["cat", "dog"], 3)
-    for some, count in ((["cat", "dog", "cat"], 3), (torch.tensor([1, 0]), 2), ("dog", 1), (None, 1)):
+    several: tuple[tuple[Any, int], ...] = (
+        (["cat", "dog", "cat"], 3), (torch.tensor([1, 0]), 2), (np.array([1, 0]), 2),
+        ("dog", 1), (torch.tensor(1), 1), (np.int64(1), 1), (None, 1),
+    )  # fmt: skip
+    for some, count in several:
         drawn = pipeline(class_labels=some, num_inference_steps=1, output_type="pt")  # as many as classes are given
         assert len(drawn.images) == count
     cased = make()

@@ -23,7 +23,13 @@ def grids(run: Path, most: int = _MOST_GRIDS) -> list[tuple[int, Path]]:
 
 
 def last_step(run: Path) -> int | None:
-    """The last step that RUN/metrics.jsonl tells of; None where it tells of none."""
+    """The step of the weights that a run saved last, by its newest checkpoint.
+
+    Where there is none, as somebody needed its place, the last one that RUN/metrics.jsonl tells of; else None.
+    """
+    names = [folder.name.removeprefix("step-") for folder in (run / "checkpoints").glob("step-*")]
+    if saved := [int(name) for name in names if name.isdecimal()]:
+        return max(saved)
     curve = loss_curve(run)
     return int(curve[-1][0]) if curve else None
 

@@ -45,6 +45,16 @@ if TYPE_CHECKING:  # the class is named, not imported, so that a bundle of the p
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
+def plain_name(name: str) -> str:
+    """A class's name without blanks around it, its accents in one form: macOS writes them in another."""
+    return unicodedata.normalize("NFC", name.strip())
+
+
+def _as_python(class_labels: Any) -> Any:
+    """Classes that came as an array or a tensor, as numbers."""
+    return class_labels.tolist() if isinstance(class_labels, Tensor | np.ndarray | np.generic) else class_labels
+
+
 class LiquidDiffusionPipeline(DiffusionPipeline):
     """Pictures from a `LiquidUNet`.
 
@@ -201,20 +211,19 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
             if class_labels is not None:
                 raise UserError("This model has no classes.")
             return None
-        if isinstance(class_labels, Tensor):
-            class_labels = class_labels.tolist()
+        class_labels = _as_python(class_labels)
         if class_labels is None:
             class_labels = [i % len(names) for i in range(batch_size)]
         elif isinstance(class_labels, str | int):
             class_labels = [class_labels] * batch_size
         if len(class_labels) != batch_size:
             raise UserError(f"{len(class_labels)} classes were given for {batch_size} pictures.")
-        written = [unicodedata.normalize("NFC", name.strip()) for name in names]  # macOS writes accents in another form
+        written = [plain_name(name) for name in names]
         by_name = {name.lower(): number for number, name in reversed(list(enumerate(written)))}
         by_name |= {name: number for number, name in enumerate(written)}  # as it is written goes before any case
         numbers = []
         for label in class_labels:
-            text = unicodedata.normalize("NFC", str(label).strip())
+            text = plain_name(str(label))
             number = by_name.get(text, by_name.get(text.lower())) if isinstance(label, str) else None
             if number is not None:
                 numbers.append(number)
@@ -285,6 +294,7 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
         Raises:
             UserError: an argument that can't be, in one sentence; see also `labels` and `sampling.for_flow`.
         """
+        class_labels = _as_python(class_labels)
         if batch_size is None:
             batch_size = 1 if class_labels is None or isinstance(class_labels, str | int) else len(class_labels)
         self._check(

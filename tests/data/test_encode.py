@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -20,7 +21,8 @@ from safetensors.torch import load_file
 from liquid_diffusion.codecs import AutoencoderCodec, PixelCodec, make_codec
 from liquid_diffusion.config import EncodeConfig
 from liquid_diffusion.data import encode as module
-from liquid_diffusion.data.encode import MANIFEST, Encoding, encode, is_whole
+from liquid_diffusion.data.encode import MANIFEST, Encoding, _Batches, encode, is_whole
+from liquid_diffusion.data.ranged import SourceLostError
 from liquid_diffusion.errors import UserError
 from liquid_diffusion.hardware import process_state
 from liquid_diffusion.writing import LOCK
@@ -325,6 +327,20 @@ def test_mistakes(configure: Configure, photos: Path, tmp_path: Path) -> None:
         path.write_bytes(b"")
     with pytest.raises(UserError, match="Not one of the 24 pictures can be read"):
         encode(configure())
+
+
+@pytest.mark.parametrize("error", [SourceLostError("The Hub is gone."), OSError(errno.EIO, "Input/output error")])
+def test_what_a_worker_can_not_read_is_not_the_folders_fault(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def lost(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(_Batches, "__getitem__", lost)
+    with pytest.raises(type(error)) as told:
+        encode(configure(workers=1))
+    assert "can't be written" not in str(told.value)
+    assert isinstance(error, OSError) or str(told.value) == "The Hub is gone."
 
 
 def test_numbers_that_are_none(configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:

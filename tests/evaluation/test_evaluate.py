@@ -86,7 +86,9 @@ def test_evaluate(run: Path, tmp_path: Path, capsys: Capture) -> None:
     assert "real" not in everything
 
 
-@pytest.mark.parametrize(("names", "known"), [(("Dark", "bright"), True), (("dark", "green"), False)])
+@pytest.mark.parametrize(
+    ("names", "known"), [(("Dark", "bright"), True), (("dark", "green"), False), (("0", "1"), False)]
+)
 def test_samples_have_the_classes_of_the_reference(
     run: Path, pictures: Path, tmp_path: Path, names: tuple[str, str], known: bool,
     monkeypatch: pytest.MonkeyPatch, capsys: Capture,
@@ -175,7 +177,7 @@ def test_a_held_out_picture_that_was_trained_on_is_not_unseen(
         (["--features", "vgg"], "no features 'vgg'"),
         (["--reference", "./nowhere"], "no data set and no folder './nowhere'"),
         (["--n", "0"], "n must be at least 1"),
-        (["--n", "2"], "at least 4 pictures on each side"),
+        (["--n", "2"], "at least 4 samples, not 2"),
         (["--solver", "rk4"], "no solver 'rk4'"),
         (["--out", "FILE/x.json"], "can't be written to"),
         (["--out", "."], "can't be written to: Is a directory"),

@@ -144,5 +144,8 @@ def test_compare_takes_equal_numbers_where_it_matters() -> None:
     assert facts["fd_pictures"] == 50
     assert facts["fd"] == pytest.approx(frechet_distance(real[::4], generated))
     assert facts["kd"] == kernel_distance(real, generated).value
+    some = compare(real, features(200, 4, seed=2), most=50)  # to stand beside the figures of 50
+    assert some["fd_pictures"] == 50
+    assert some["fd"] == pytest.approx(frechet_distance(real[::4], features(200, 4, seed=2)[::4]))
     with pytest.raises(UserError, match="at least 4 pictures on each side"):
         compare(real, generated[:3])

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from liquid_diffusion.data.pictures import PictureDataset
 from liquid_diffusion.data.sources import open_source
 from liquid_diffusion.data.transforms import to_float
+from liquid_diffusion.evaluation import nearest
 from liquid_diffusion.evaluation.nearest import nearest_pictures
 
 
@@ -14,16 +16,17 @@ def test_copies_are_found_mirrored_ones_too(photos: Path) -> None:
     dataset = PictureDataset(open_source(str(photos)), 32, flip=True)
     pictures = to_float(torch.stack([dataset.picture(i)["image"] for i in range(24)]))
     samples = torch.stack([pictures[7], pictures[20].flip(-1), pictures[3] + 0.1])
-    nearest, distances = nearest_pictures(samples, dataset, batch_size=5)
+    found, distances = nearest_pictures(samples, dataset, batch_size=5)
     torch.testing.assert_close(distances, torch.tensor([0.0, 0.0, 0.1]), atol=1e-5, rtol=0)
-    torch.testing.assert_close(nearest, samples - torch.tensor([0, 0, 0.1])[:, None, None, None])
+    torch.testing.assert_close(found, samples - torch.tensor([0, 0, 0.1])[:, None, None, None])
 
 
-def test_distances_equal_a_direct_search(photos: Path) -> None:
+def test_distances_equal_a_direct_search(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nearest, "_AT_ONCE", 4)
     dataset = PictureDataset(open_source(str(photos)), 32)
     pictures = to_float(torch.stack([dataset.picture(i)["image"] for i in range(24)])).double()
     samples = torch.rand(6, 3, 32, 32) * 2 - 1
-    nearest, distances = nearest_pictures(samples, dataset, batch_size=7)
+    found, distances = nearest_pictures(samples, dataset, batch_size=7)
     direct = (samples.double()[:, None] - pictures[None]).square().mean((2, 3, 4)).sqrt()
     torch.testing.assert_close(distances.double(), direct.min(1).values, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(nearest.double(), pictures[direct.argmin(1)])
+    torch.testing.assert_close(found.double(), pictures[direct.argmin(1)])

@@ -261,6 +261,21 @@ def test_a_loss_that_is_no_number_ends_the_run(quick: Make, monkeypatch: pytest.
     assert not trainer.checkpoints.all()
 
 
+def test_weights_that_are_no_numbers_are_not_saved(quick: Make) -> None:
+    """A gradient can be infinite where the loss is not; clipping makes no number of it."""
+    trainer = Trainer(quick(steps=4, checkpoint_every=1))
+    steps = trainer.steps()
+    next(steps)
+    trainer.save()
+    weight = trainer.model.head.weight
+    hook = weight.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([0]), torch.inf))
+    assert next(steps).loss.isfinite()
+    hook.remove()
+    with pytest.raises(UserError, match=r"weights are no number any more at step 2; nothing was written over"):
+        trainer.save()
+    assert [path.name for path in trainer.checkpoints.all()] == ["step-000001"]
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from liquid_diffusion.codecs import AutoencoderCodec, Codec, make_codec
 from liquid_diffusion.config import EncodeConfig, RunConfig, TrainConfig, encoded_at_once
-from liquid_diffusion.data.parallel import leave_ending_to_main_process
+from liquid_diffusion.data.parallel import errors_of_workers, leave_ending_to_main_process
 from liquid_diffusion.data.pictures import choose_shapes
 from liquid_diffusion.data.shapes import bucket_shapes
 from liquid_diffusion.data.sources import BadPictureError, Source, listing_of, open_source, same_setting
@@ -236,18 +236,19 @@ class Encoding:
         """
         if self.finished:
             return
-        with writing_to(self.folder):
-            if self.state.is_main_process:
+        if self.state.is_main_process:
+            with writing_to(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._lock = claim(self.folder)
                 self._write(self._plan)
-            self.state.wait_for_everyone()
-            with self.codec.on(self.state.device):
-                self._encode_missing()
-            self.state.wait_for_everyone()
-            if self.state.is_main_process:
+        self.state.wait_for_everyone()
+        with self.codec.on(self.state.device), errors_of_workers():
+            self._encode_missing()
+        self.state.wait_for_everyone()
+        if self.state.is_main_process:
+            with writing_to(self.folder):
                 self._write(self._finished_manifest())
-            self.state.wait_for_everyone()
+        self.state.wait_for_everyone()
 
     def _encode_missing(self) -> None:
         state = self.state
@@ -283,8 +284,9 @@ class Encoding:
                 tensors = {name: torch.cat([part[name] for part in parts]).contiguous() for name in parts[0]}
                 facts = {"pictures": len(tensors["label"]), "unreadable": skipped, "sums": _sums(tensors)}
                 partial = self.folder / f"{shard.file}.partial"
-                save_file(tensors, partial, {"facts": json.dumps(facts)})
-                os.replace(partial, self.folder / shard.file)
+                with writing_to(self.folder):
+                    save_file(tensors, partial, {"facts": json.dumps(facts)})
+                    os.replace(partial, self.folder / shard.file)
 
     def _posteriors(self, images: Tensor) -> dict[str, Tensor]:
         pictures = to_float(images)

@@ -12,7 +12,7 @@ from liquid_diffusion.codecs import Codec
 from liquid_diffusion.config import RunConfig
 from liquid_diffusion.data.encode import Encoding, encoding_of, is_whole
 from liquid_diffusion.data.latents import LatentDataset
-from liquid_diffusion.data.parallel import leave_ending_to_main_process
+from liquid_diffusion.data.parallel import errors_of_workers, leave_ending_to_main_process
 from liquid_diffusion.data.pictures import BucketedBatches, PictureDataset, collate
 from liquid_diffusion.data.shapes import bucket_shapes
 from liquid_diffusion.data.sources import listing_of, open_shards, open_source
@@ -130,7 +130,7 @@ def open_batches(feed: Feed, batch_size: int, start: int, workers: int) -> Itera
         yield from feed.batches(batch_size, start, workers, rank, world)
         return
     order = BucketedBatches([indices for _, indices in feed.groups], batch_size * world, feed.seed, start, rank, world)
-    try:
+    with errors_of_workers():
         yield from DataLoader(
             feed,
             batch_sampler=order,
@@ -139,6 +139,3 @@ def open_batches(feed: Feed, batch_size: int, start: int, workers: int) -> Itera
             worker_init_fn=leave_ending_to_main_process,
             pin_memory=state.device.type == "cuda",
         )
-    except UserError as error:  # a worker's comes with its traceback as its text, of which the last line is the error
-        said = str(error).strip().splitlines()[-1].partition(f"{type(error).__name__}: ")[-1]
-        raise type(error)(said or str(error)) from error

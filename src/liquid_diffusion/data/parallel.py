@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from liquid_diffusion.errors import UserError
 from liquid_diffusion.hardware import at_most_cores
 
 _MOST_THREADS = 16
@@ -67,6 +69,16 @@ def leave_ending_to_main_process(_worker: int = 0) -> None:
     if main is not None and hasattr(signal, "sigwaitinfo"):  # not on macOS; only there it is told who sent a signal
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=_end_by_main_process, args=[main.pid], daemon=True).start()
+
+
+@contextlib.contextmanager
+def errors_of_workers() -> Iterator[None]:
+    """A `UserError` of a worker, whose text is its traceback, becomes the one that it was."""
+    try:
+        yield
+    except UserError as error:
+        said = str(error).strip().splitlines()[-1].partition(f"{type(error).__name__}: ")[-1]
+        raise type(error)(said or str(error)) from error
 
 
 def _end_by_main_process(main: int) -> None:

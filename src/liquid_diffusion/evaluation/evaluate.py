@@ -21,13 +21,13 @@ from liquid_diffusion.errors import UserError
 from liquid_diffusion.evaluation.features import extract, make_features
 from liquid_diffusion.evaluation.memorisation import WORST_PAIRS, Nearness, class_weights, draw_pairs
 from liquid_diffusion.evaluation.metrics import LEAST_PICTURES, LinearClassifier, compare, nearest_rows
-from liquid_diffusion.evaluation.nearest import nearest_pictures
+from liquid_diffusion.evaluation.nearest import nearest_places, pictures_at
 from liquid_diffusion.evaluation.reference import CachedFeatures, RunPictures, labels_of, pictures_of_run, settings_of
 from liquid_diffusion.evaluation.report import table
 from liquid_diffusion.hardware import keep_freed_memory, process_state
 from liquid_diffusion.history import last_step
 from liquid_diffusion.loading import find_run, load_pipeline
-from liquid_diffusion.pipeline import LiquidDiffusionPipeline, draw_in_batches
+from liquid_diffusion.pipeline import LiquidDiffusionPipeline, draw_in_batches, plain_name
 from liquid_diffusion.sampling import make_scheduler
 from liquid_diffusion.writing import save_picture, write_whole, writing_to
 
@@ -101,15 +101,15 @@ def _memory(
     if train.flip:
         trained = torch.cat([trained, cached.of(train, mirrored=True)])
     distances, index = nearest_rows(features, trained)
-    pictures, weights = to_float(samples), None
+    weights = None
     if held_out is None:
-        pixel, unseen, unseen_pixel, seen = nearest_pictures(pictures, train)[1], None, None, 0
+        pixel, unseen, unseen_pixel, seen = nearest_places(to_float(samples), train)[0], None, None, 0
     else:
         held_out = _thinned(held_out, _ENOUGH_HELD_OUT)
         unseen = nearest_rows(cached.of(held_out), trained)[0]
-        real = to_float(torch.stack([held_out.picture(i)["image"] for i in range(len(held_out))]))
-        together = nearest_pictures(torch.cat([pictures, real]), train)[1]  # which reads the set once
-        pixel, unseen_pixel = together.split([len(pictures), len(real)])
+        real = torch.stack([held_out.picture(i)["image"] for i in range(len(held_out))])
+        together = nearest_places(to_float(torch.cat([samples, real])), train)[0]  # which reads the set once
+        pixel, unseen_pixel = together.split([len(samples), len(real)])
         # Two files may be one picture at this size. What was trained on is not unseen, and a distance of 0 among so few
         # would be their first percentile, which no copy is under.
         new = unseen_pixel > 0
@@ -126,15 +126,15 @@ def _memory(
         "pixel_distance": asdict(Nearness.of(pixel, unseen_pixel, weights)),
     }
     worst = distances.argsort()[:WORST_PAIRS]
-    originals = []
-    for place in index[worst].tolist():
-        image = train.picture(place % len(train))["image"]
-        originals.append(image.flip(-1) if place >= len(train) else image)
-    return facts, draw_pairs(pictures[worst], to_float(torch.stack(originals)))
+    originals = to_float(pictures_at(train, index[worst]))
+    return facts, draw_pairs(to_float(samples[worst]), originals)
 
 
 def _wanted_classes(pipeline: LiquidDiffusionPipeline, reference: PictureDataset) -> Tensor | None:
-    """The classes (N,) of the pictures of a reference by the model's numbers; None where it does not know them all."""
+    """The classes (N,) of the pictures of a reference by the model's numbers; None where it does not know them all.
+
+    By their names alone: the pipeline takes a name that it does not know for a number, where it is one.
+    """
     names = reference.label_names
     if not names:
         return None
@@ -142,7 +142,12 @@ def _wanted_classes(pipeline: LiquidDiffusionPipeline, reference: PictureDataset
         numbers = pipeline.labels(names, len(names))
     except UserError:
         return None
-    return None if numbers is None else numbers.cpu()[labels_of(reference)]
+    if numbers is None:
+        return None
+    known = [plain_name(name).lower() for name in pipeline.config["label_names"]]
+    if [known[i] for i in numbers.tolist()] != [plain_name(name).lower() for name in names]:
+        return None
+    return numbers.cpu()[labels_of(reference)]
 
 
 def measure(run: str | None, config: EvaluateConfig) -> tuple[dict[str, Any], Image.Image | None]:
@@ -151,6 +156,8 @@ def measure(run: str | None, config: EvaluateConfig) -> tuple[dict[str, Any], Im
     Raises:
         UserError: the run, the reference or the features can't be had.
     """
+    if config.n < LEAST_PICTURES:
+        raise UserError(f"A comparison needs at least {LEAST_PICTURES} samples, not {config.n}.")
     disable_progress_bar()  # of the parts being loaded
     device = process_state().device
     keep_freed_memory()
@@ -161,11 +168,9 @@ def measure(run: str | None, config: EvaluateConfig) -> tuple[dict[str, Any], Im
     extractor = make_features(config.features, device)
     known = pictures_of_run(folder, *shape)
     reference = _reference(config.reference, known, shape, folder)
-    if min(len(reference), config.n) < LEAST_PICTURES:
-        raise UserError(
-            f"A comparison needs at least {LEAST_PICTURES} pictures on each side, not {len(reference)} real ones and "
-            f"{config.n} samples; --reference train or all has more."
-        )
+    if len(reference) < LEAST_PICTURES:
+        more = "; --reference train or all has more" if config.reference == "val" else ""
+        raise UserError(f"A comparison needs at least {LEAST_PICTURES} real pictures, not {len(reference)}{more}.")
     cached = CachedFeatures(extractor, device)
 
     labels, wanted = None, _wanted_classes(pipeline, reference)
@@ -187,7 +192,7 @@ def measure(run: str | None, config: EvaluateConfig) -> tuple[dict[str, Any], Im
     if known is None:
         return facts, None
     if config.reference == "val":
-        facts["real"] = compare(real, cached.of(_thinned(known.train)))
+        facts["real"] = compare(real, cached.of(_thinned(known.train)), facts["fd_pictures"])
     trained_labels = labels if known.train.label_names == names else None
     if trained_labels is not None:
         classifier = LinearClassifier(cached.of(known.train), labels_of(known.train))

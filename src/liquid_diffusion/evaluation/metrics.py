@@ -150,7 +150,7 @@ def precision_recall(real: Tensor, generated: Tensor, neighbours: int = 3) -> tu
     return share(generated, real), share(real, generated)
 
 
-def compare(real: Tensor, generated: Tensor) -> dict[str, float | int]:
+def compare(real: Tensor, generated: Tensor, most: int | None = None) -> dict[str, float | int]:
     """All distances of two sets, by the names that they have in JSON and in tables.
 
     The kernel distance takes all pictures. The figures that depend on the sizes of the sets take as many of both,
@@ -158,12 +158,13 @@ def compare(real: Tensor, generated: Tensor) -> dict[str, float | int]:
 
     Args:
         real, generated: features (N, D) and (M, D).
+        most: of either side for these figures, so that they can stand beside others of as many; None for all there are.
 
     Raises:
         UserError: one of the sets is nearly empty.
     """
     kd = kernel_distance(real, generated)
-    size = min(len(real), len(generated))
+    size = min(len(real), len(generated), most or len(real))
     some_real, some_generated = (x[torch.arange(size) * len(x) // size] for x in (real, generated))
     precision, recall = precision_recall(some_real, some_generated)
     return {

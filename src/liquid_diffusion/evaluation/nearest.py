@@ -6,15 +6,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from liquid_diffusion.data.parallel import map_in_threads
 from liquid_diffusion.data.pictures import PictureDataset
 from liquid_diffusion.data.transforms import to_float
 
+_AT_ONCE = 64  # samples beside their candidates, which take as much memory as five times as many
 _CANDIDATES = 4  # a product of matrices finds them; it loses the digits that tell a copy from a near one
 
 
 @torch.no_grad()
-def nearest_pictures(samples: Tensor, dataset: PictureDataset, batch_size: int = 512) -> tuple[Tensor, Tensor]:
-    """The training picture at the smallest root mean square distance of each sample, mirrored ones included.
+def nearest_places(samples: Tensor, dataset: PictureDataset, batch_size: int = 512) -> tuple[Tensor, Tensor]:
+    """Where the training picture at the smallest root mean square distance of each sample is, mirrored ones included.
 
     Args:
         samples: (B, 3, H, W) in [-1, 1].
@@ -22,22 +24,42 @@ def nearest_pictures(samples: Tensor, dataset: PictureDataset, batch_size: int =
         batch_size: pictures compared at once.
 
     Returns:
-        The pictures (B, 3, H, W) in [-1, 1] and their distances (B,), 0 for a copy and at most 2.
+        Distances (B,), 0 for a copy and at most 2; and places (B,) int64 in the set, for a mirrored picture
+        len(dataset) more.
     """
     best = torch.full((len(samples),), torch.inf)
-    nearest = torch.zeros_like(samples)
+    places = torch.zeros(len(samples), dtype=torch.long)
     flat = samples.flatten(1)
     starts = range(0, len(dataset), batch_size)
     for start in tqdm(starts, "Nearest training pictures", unit="batch", leave=False, delay=2):
         stop = min(start + batch_size, len(dataset))
-        pictures = to_float(torch.stack([dataset.picture(i)["image"] for i in range(start, stop)]))
+        read = map_in_threads(lambda i: dataset.picture(i)["image"], range(start, stop))
+        pictures, place = to_float(torch.stack(list(read))), torch.arange(start, stop)
         if dataset.flip:
             pictures = torch.cat([pictures, pictures.flip(-1)])
+            place = torch.cat([place, place + len(dataset)])
         about = torch.cdist(flat, pictures.flatten(1), compute_mode="use_mm_for_euclid_dist")
-        for index in about.topk(min(_CANDIDATES, len(pictures)), largest=False).indices.unbind(1):
-            candidates = pictures[index]
-            distance = (samples - candidates).square().mean((1, 2, 3)).sqrt()
-            closer = distance < best
-            best[closer] = distance[closer]
-            nearest[closer] = candidates[closer]
-    return nearest, best
+        candidates = about.topk(min(_CANDIDATES, len(pictures)), largest=False).indices  # (B, candidates)
+        for some in torch.arange(len(samples)).split(_AT_ONCE):
+            chosen = candidates[some]
+            apart = (samples[some, None] - pictures[chosen]).square().mean((2, 3, 4)).sqrt()  # (some, candidates)
+            least, which = apart.min(1)
+            closer = least < best[some]
+            best[some[closer]] = least[closer]
+            places[some[closer]] = place[chosen[closer, which[closer]]]
+    return best, places
+
+
+def pictures_at(dataset: PictureDataset, places: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) uint8 of a set at places (B,), from len(dataset) on mirrored."""
+    pictures = []
+    for place in places.tolist():
+        image = dataset.picture(place % len(dataset))["image"]
+        pictures.append(image.flip(-1) if place >= len(dataset) else image)
+    return torch.stack(pictures)
+
+
+def nearest_pictures(samples: Tensor, dataset: PictureDataset, batch_size: int = 512) -> tuple[Tensor, Tensor]:
+    """The nearest training pictures (B, 3, H, W) in [-1, 1], and their distances (B,); see `nearest_places`."""
+    distances, places = nearest_places(samples, dataset, batch_size)
+    return to_float(pictures_at(dataset, places)), distances

@@ -159,8 +159,10 @@ class Trainer:
         """Write a checkpoint, and the averaged weights as a pipeline.
 
         Raises:
-            UserError: they can't be written; the checkpoint and the pipeline before are as they were.
+            UserError: they are no numbers, or can't be written; checkpoint and pipeline of before are as they were.
         """
+        if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
+            raise self._no_numbers("The weights are")
         try:
             with writing_to(self.folder.path):
                 return self._save()
@@ -363,12 +365,15 @@ class Trainer:
     def _metrics(self, losses: list[Tensor], seconds: float) -> dict[str, float]:
         loss = torch.stack(losses).mean().item()
         if not math.isfinite(loss):
-            raise UserError(
-                f"The loss is no number any more at step {self.step}; nothing was written over, so go on from the last "
-                f"checkpoint with a lower --lr than {self.config.lr:g}."
-            )
+            raise self._no_numbers("The loss is")
         pictures = len(losses) * self.config.batch_size * self.accelerator.num_processes
         return {"loss": loss, "lr": self.state.optimizer.param_groups[0]["lr"], "images_per_second": pictures / seconds}
+
+    def _no_numbers(self, what_is: str) -> UserError:
+        return UserError(
+            f"{what_is} no number any more at step {self.step}; nothing was written over, so go on from the last "
+            f"checkpoint with a lower --lr than {self.config.lr:g}."
+        )
 
     def draw_samples(self) -> Path:
         """Write RUN/samples/step-000500.png: always the same seeds, a row for each class."""
