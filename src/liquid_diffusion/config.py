@@ -85,7 +85,7 @@ class TrainConfig:
     ema_on_cpu: bool = _option(False, "keep the averaged weights in the computer's memory, to save the card's")
     label_dropout: float = _option(0.1, "share of labels hidden in training, which makes guidance possible")
     time_sampling: Literal["logit-normal", "uniform"] = _option("logit-normal", "distribution of the training times")
-    time_shift: float = _option(1.0, "above 1 moves the training times towards noise")
+    time_shift: float = _option(1.0, "above 1 trains nearer to noise: better after few steps, worse after many")
     crop: Literal["center", "random", "pad"] = _option(
         "center", "center; random: 0.8 to 1 of the largest crop, from anywhere; or pad: the whole picture on white"
     )
