@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/quickstart
 
-.PHONY: quickstart test lint docs liquid-figures bench bench-depthwise bench-data bench-memory bench-precision bench-gpu gpu-training package quality ablations causal figures ship bench-installed install clean
+.PHONY: quickstart test lint docs liquid-figures bench bench-depthwise bench-data bench-memory bench-precision bench-gpu gpu-training package quality ablations times causal figures ship bench-installed install clean
 
 quickstart: install  ## train on the emoji, draw pictures, and show the nearest training picture of each
 	$(BIN)/liquid-diffusion train --out $(RUN)
@@ -80,13 +80,27 @@ quality: bench-installed  ## our model beside peers, equal time and equal images
 ablations: bench-installed  ## variants of the liquid block, equal time; after quality, which chooses the learning rate and measures the steps
 	$(QUALITY) --seconds $(SECONDS) --clock table --models ablations --seeds $(SEEDS)
 
+EMOJI = --data emoji --image-size 32 --model nano
+
+times: bench-installed  ## training times nearer to noise: on the split for choices after quality, and on the emoji
+	for shift in 1 2; do \
+	  $(QUALITY) --images 32000 --clock cpu --split tune --chosen-rates --fractions 1 --time-shift $$shift \
+	    --seeds 0 1 --models liquid DiTTransformer2DModel; \
+	  $(BIN)/liquid-diffusion train $(EMOJI) --time-shift $$shift --out runs/2000-steps-shift-$$shift; \
+	  $(BIN)/liquid-diffusion train $(EMOJI) --steps 9000 --flip true --time-shift $$shift --out runs/9000-steps-shift-$$shift; \
+	  for steps in 2000 9000; do \
+	    $(BIN)/liquid-diffusion evaluate runs/$$steps-steps-shift-$$shift --n 1898 --reference all \
+	      --out benchmarks/results/time-shift/$$steps-steps-shift-$$shift.json; \
+	  done; \
+	done
+
 causal: bench-installed  ## the packaged model with its liquid layers disturbed
 	$(BIN)/python benchmarks/causal.py
 
 SHIP_STEPS ?= 9000
 
 ship: bench-installed  ## train the packaged model again, measure it, and put it into the package
-	$(BIN)/liquid-diffusion train --data emoji --image-size 32 --model nano --steps $(SHIP_STEPS) --flip true --out runs/nano-emoji
+	$(BIN)/liquid-diffusion train $(EMOJI) --steps $(SHIP_STEPS) --flip true --out runs/nano-emoji
 	$(BIN)/python benchmarks/ship.py runs/nano-emoji
 
 figures: bench-installed  ## tables and plots of docs/ablations.md from the CSV files alone
