@@ -266,7 +266,7 @@ class Ablation:
 
 ABLATIONS = {
     "liquid": Ablation("the block as it ships", _switched("liquid", "liquid")),
-    "gate static": Ablation("a gate without time", _switched("static", "liquid")),
+    "gate static": Ablation("a gate without time and label", _switched("static", "liquid")),
     "gate none": Ablation("no gate: one head and SiLU", _switched("none", "liquid")),
     "gate content-free": Ablation("a gate of time alone", _with_liquid(ContentFreeGate)),
     "gate three heads": Ablation(
@@ -276,9 +276,9 @@ ABLATIONS = {
     "gate behind": Ablation("slope and offset behind the heads too", _with_liquid(TimeBehindHeads)),
     "relaxation none": Ablation("adaLN-zero for relaxation: SwiGLU", _switched("liquid", "none")),
     "relaxation mean": Ablation("the seed's relaxation", _with_liquid(MeanRelaxation)),
-    "relaxation static": Ablation("a relaxation without time", _with_liquid(StaticRelaxation)),
+    "relaxation static": Ablation("a relaxation without time and label", _with_liquid(StaticRelaxation)),
     "layer static": Ablation(
-        "neither gate nor relaxation with time", _with_liquid(lambda *shape: StaticRelaxation(*shape, gate="static"))
+        "neither gate nor relaxation with time and label", _with_liquid(lambda *shape: StaticRelaxation(*shape, gate="static"))
     ),
     "relaxation half": Ablation("alpha starts at a half, not at 0.95", _with_liquid(HalfRelaxation)),
     "plain": Ablation("neither gate nor relaxation: 1x1, SiLU, 1x1", _switched("none", "none")),
