@@ -278,7 +278,8 @@ ABLATIONS = {
     "relaxation mean": Ablation("the seed's relaxation", _with_liquid(MeanRelaxation)),
     "relaxation static": Ablation("a relaxation without time and label", _with_liquid(StaticRelaxation)),
     "layer static": Ablation(
-        "neither gate nor relaxation with time and label", _with_liquid(lambda *shape: StaticRelaxation(*shape, gate="static"))
+        "neither gate nor relaxation with time and label",
+        _with_liquid(lambda *shape: StaticRelaxation(*shape, gate="static")),
     ),
     "relaxation half": Ablation("alpha starts at a half, not at 0.95", _with_liquid(HalfRelaxation)),
     "plain": Ablation("neither gate nor relaxation: 1x1, SiLU, 1x1", _switched("none", "none")),
