@@ -221,8 +221,8 @@ def tuning_table(rows: list[Row]) -> str:
 
 
 def _times_tried(rows: list[Row]) -> list[list[Row]]:
-    """Trainings for choices that differ by their training times, together."""
-    final = [row for row in rows if row["split"] == "tune" and float(row["fraction"]) == 1]
+    """Trainings for choices that differ by their training times, together; those whose pictures were measured."""
+    final = [row for row in rows if row["split"] == "tune" and float(row["fraction"]) == 1 and row["kd"]]
     settings = _group(final, *(name for name in SETTING if name != "time_shift")).values()
     return [some for some in settings if len(_group(some, "time_shift")) > 1]
 
