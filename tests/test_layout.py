@@ -22,6 +22,7 @@ FLOORS = {
     "model_index": 0,
     "presets": 0,
     "resolve": 0,
+    "class_names": 0,
     "codecs": 0,
     "flow": 0,
     "sampling": 0,

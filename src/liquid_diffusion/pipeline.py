@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import Tensor
 
+from liquid_diffusion.class_names import ClassNames
 from liquid_diffusion.codecs import AutoencoderCodec, Codec, PixelCodec
 from liquid_diffusion.compile import can_be_compiled, compile_for_sampling
 from liquid_diffusion.config import GUIDANCE, STEPS
@@ -43,11 +43,6 @@ if TYPE_CHECKING:  # the class is named, not imported, so that a bundle of the p
     from liquid_diffusion.models.unet import LiquidUNet
 
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-
-
-def plain_name(name: str) -> str:
-    """A class's name without blanks around it, its accents in one form: macOS writes them in another."""
-    return unicodedata.normalize("NFC", name.strip())
 
 
 def _as_python(class_labels: Any) -> Any:
@@ -218,19 +213,12 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
             class_labels = [class_labels] * batch_size
         if len(class_labels) != batch_size:
             raise UserError(f"{len(class_labels)} classes were given for {batch_size} pictures.")
-        written = [plain_name(name) for name in names]
-        by_name = {name.lower(): number for number, name in reversed(list(enumerate(written)))}
-        by_name |= {name: number for number, name in enumerate(written)}  # as it is written goes before any case
-        numbers = []
+        known, numbers = ClassNames(names), []
         for label in class_labels:
-            text = plain_name(str(label))
-            number = by_name.get(text, by_name.get(text.lower())) if isinstance(label, str) else None
-            if number is not None:
-                numbers.append(number)
-            elif text.isdecimal() and int(text) < len(names):
-                numbers.append(int(text))
-            else:
+            number = known.number_or_own(label)
+            if number is None:
                 raise UserError(f"There is no class {label!r}; the model knows {', '.join(names)}.")
+            numbers.append(number)
         return torch.tensor(numbers, device=self._execution_device)
 
     def _check(

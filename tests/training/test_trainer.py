@@ -271,7 +271,7 @@ def test_weights_that_are_no_numbers_are_not_saved(quick: Make) -> None:
     hook = weight.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([0]), torch.inf))
     assert next(steps).loss.isfinite()
     hook.remove()
-    with pytest.raises(UserError, match=r"weights are no number any more at step 2; nothing was written over"):
+    with pytest.raises(UserError, match=r"weights are no numbers any more at step 2; nothing was written over"):
         trainer.save()
     assert [path.name for path in trainer.checkpoints.all()] == ["step-000001"]
 

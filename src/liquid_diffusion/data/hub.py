@@ -93,8 +93,9 @@ def parquet_files(data: str) -> list[str]:
         return [str(path)] if path.suffix == ".parquet" else []
     if path.is_dir() and not any((path / name).is_file() for name in _METADATA):
         tables = sorted(str(file) for file in path.rglob("*.parquet") if file.is_file())
-        pictures = (file for file in path.rglob("*") if is_picture(file.relative_to(path)))
-        return tables if any(map(_is_of_pictures, tables)) or not any(pictures) else []
+        if not tables or any(map(_is_of_pictures, tables)):
+            return tables
+        return [] if any(is_picture(file.relative_to(path)) for file in path.rglob("*")) else tables
     return sorted(glob.glob(str(path), recursive=True)) if path.suffix == ".parquet" else []  # noqa: PTH207  any root
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from liquid_diffusion.class_names import ClassNames
 from liquid_diffusion.config import EvaluateConfig
 from liquid_diffusion.data.pictures import PictureDataset
 from liquid_diffusion.data.sources import open_source
@@ -27,7 +28,7 @@ from liquid_diffusion.evaluation.report import table
 from liquid_diffusion.hardware import keep_freed_memory, process_state
 from liquid_diffusion.history import last_step
 from liquid_diffusion.loading import find_run, load_pipeline
-from liquid_diffusion.pipeline import LiquidDiffusionPipeline, draw_in_batches, plain_name
+from liquid_diffusion.pipeline import LiquidDiffusionPipeline, draw_in_batches
 from liquid_diffusion.sampling import make_scheduler
 from liquid_diffusion.writing import save_picture, write_whole, writing_to
 
@@ -133,21 +134,11 @@ def _memory(
 def _wanted_classes(pipeline: LiquidDiffusionPipeline, reference: PictureDataset) -> Tensor | None:
     """The classes (N,) of the pictures of a reference by the model's numbers; None where it does not know them all.
 
-    By their names alone: the pipeline takes a name that it does not know for a number, where it is one.
+    By their names alone: classes that a table calls 0, 1, 2 are not the model's first ones.
     """
-    names = reference.label_names
-    if not names:
-        return None
-    try:
-        numbers = pipeline.labels(names, len(names))
-    except UserError:
-        return None
-    if numbers is None:
-        return None
-    known = [plain_name(name).lower() for name in pipeline.config["label_names"]]
-    if [known[i] for i in numbers.tolist()] != [plain_name(name).lower() for name in names]:
-        return None
-    return numbers.cpu()[labels_of(reference)]
+    known = ClassNames(pipeline.config["label_names"])
+    numbers = [known.number(name) for name in reference.label_names]
+    return None if None in numbers or not numbers else torch.tensor(numbers)[labels_of(reference)]
 
 
 def measure(run: str | None, config: EvaluateConfig) -> tuple[dict[str, Any], Image.Image | None]:

@@ -162,7 +162,7 @@ class Trainer:
             UserError: they are no numbers, or can't be written; checkpoint and pipeline of before are as they were.
         """
         if not all(bool(parameter.isfinite().all()) for parameter in self.model.parameters()):
-            raise self._no_numbers("The weights are")
+            raise self._no_numbers("The weights are no numbers")
         try:
             with writing_to(self.folder.path):
                 return self._save()
@@ -365,13 +365,13 @@ class Trainer:
     def _metrics(self, losses: list[Tensor], seconds: float) -> dict[str, float]:
         loss = torch.stack(losses).mean().item()
         if not math.isfinite(loss):
-            raise self._no_numbers("The loss is")
+            raise self._no_numbers("The loss is no number")
         pictures = len(losses) * self.config.batch_size * self.accelerator.num_processes
         return {"loss": loss, "lr": self.state.optimizer.param_groups[0]["lr"], "images_per_second": pictures / seconds}
 
-    def _no_numbers(self, what_is: str) -> UserError:
+    def _no_numbers(self, fact: str) -> UserError:
         return UserError(
-            f"{what_is} no number any more at step {self.step}; nothing was written over, so go on from the last "
+            f"{fact} any more at step {self.step}; nothing was written over, so go on from the last "
             f"checkpoint with a lower --lr than {self.config.lr:g}."
         )
 
