@@ -11,7 +11,7 @@ from diffusers import DiTTransformer2DModel, UNet2DModel
 from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
-from liquid_diffusion.models.layers import ConditionEmbedding, Downsample
+from liquid_diffusion.models.layers import ConditionEmbedding, Downsample, PositionEmbedding
 from liquid_diffusion.models.liquid import SCALES
 from liquid_diffusion.models.unet import LiquidUNet, hidden_width
 from liquid_diffusion.presets import preset
@@ -145,6 +145,7 @@ class EagerLiquidUNet(nn.Module):
         last = len(widths) - 1
         self.condition = ConditionEmbedding(widths[0], wide, num_classes)
         self.stem = nn.Conv2d(channels, widths[0], 3, 1, 1)
+        self.position = PositionEmbedding(widths[0])
         self.encoder = nn.ModuleList(blocks(i, depth) for i, depth in enumerate(depths))
         self.downsamples = nn.ModuleList(Downsample(widths[i], widths[i + 1]) for i in range(last))
         self.bottleneck = blocks(last, 2)
@@ -161,7 +162,7 @@ class EagerLiquidUNet(nn.Module):
         if labels is None:
             labels = torch.full((len(x),), self.null_label, device=x.device)
         condition = self.condition(t, labels)
-        x, skips = self.stem(x), []
+        x, skips = self.stem(x) + self.position(*x.shape[2:]), []
         for i, stage in enumerate(self.encoder):
             for block in stage.children():
                 x = block(x, condition)

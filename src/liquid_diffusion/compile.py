@@ -6,7 +6,7 @@ whole schedule, what remains is a chain of convolutions and a few fused elementw
 What is rewritten, all of it exactly:
 
 - time embedding, label embedding, and every linear layer behind them become a table of vectors, a row for each
-  (time, label);
+  (time, label), and the embedding of places is computed once for a size;
 - where all pictures share one condition, slope and offset of the gate, scale and shift of the modulation become weight
   and bias of the norms, and the rows of the table are multiplied into the convolutions, which add to the residual
   stream themselves;
@@ -39,8 +39,8 @@ if TYPE_CHECKING:  # of a bundled pipeline the model's classes are in another fi
 
 # What a model consists of that is rewritten here: of this package by name, since a bundle's are other classes
 _OWN_PARTS = frozenset({
-    "LiquidUNet", "ConditionEmbedding", "ConditionLinear", "LiquidBlock", "ParallelCfC", "MultiScaleSpatialMix",
-    "Downsample", "Join", "ChannelNorm",
+    "LiquidUNet", "ConditionEmbedding", "ConditionLinear", "PositionEmbedding", "LiquidBlock", "ParallelCfC",
+    "MultiScaleSpatialMix", "Downsample", "Join", "ChannelNorm",
 })  # fmt: skip
 _TORCH_PARTS = (nn.ModuleList, nn.Conv2d, nn.Linear, nn.Embedding)
 
@@ -202,6 +202,8 @@ class CompiledVelocity:
             return [PackedConvolution.of(layer, dtype) for layer in layers.children() if isinstance(layer, nn.Conv2d)]
 
         self.stem = PackedConvolution.of(model.stem, dtype)
+        self.position = model.position
+        self.positions: dict[tuple[int, int], Tensor] = {}  # by height and width, (1, C, H, W) each
         self.encoder = [blocks(stage) for stage in model.encoder]
         self.downsamples = convolutions(model.downsamples)
         self.bottleneck = blocks(model.bottleneck)
@@ -257,10 +259,17 @@ class CompiledVelocity:
         self.recordings[x.shape] = recording
         return recording(x, rows)
 
+    def _places_of(self, x: Tensor) -> Tensor:
+        """The embedding of the places of x (B, in channels, H, W) for each picture: (B, C, H, W), a new tensor."""
+        height, width = x.shape[2:]
+        if (height, width) not in self.positions:
+            self.positions[height, width] = self.position(height, width).to(self.dtype)
+        return self.positions[height, width].repeat(len(x), 1, 1, 1).contiguous(memory_format=torch.channels_last)
+
     def _forward(self, x: Tensor, rows: Tensor) -> Tensor:
         """x (B, C, H, W) and rows of the table, (B,) or (1,) for all -> (B, C, H, W)."""
         vectors = iter(self.table[rows].split(self.table_widths, dim=1))
-        x, skips = self.stem(x), []
+        x, skips = self.stem.add_to(self._places_of(x), x), []
         for i, stage in enumerate(self.encoder):
             for block in stage:
                 x = block(x, next(vectors))

@@ -201,7 +201,7 @@ def test_state_dict_keys_are_frozen() -> None:
     }  # fmt: skip
     tops = {name.split(".")[0] for name in small_model().state_dict()}
     assert tops == {
-        "condition", "stem", "encoder", "downsamples", "bottleneck", "joins", "decoder", "norm", "head"
+        "condition", "stem", "position", "encoder", "downsamples", "bottleneck", "joins", "decoder", "norm", "head"
     }  # fmt: skip
 
 

@@ -5,10 +5,16 @@ Shapes: B batch, C channels, H W height and width, T width of the time embedding
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
+
+_OCTAVES = 3  # of waves, the longest of which is twice as long as the picture
+_LEAST_TIME = 0.002  # nearer to 0 and 1 all times are the same to the model: one in 10^9 trained at is
+_FASTEST_WAVE = 10.0  # of a time's embedding, in radians for each unit of its logit
 
 
 def channel_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
@@ -41,8 +47,9 @@ class ConditionLinear(nn.Linear):
 class ConditionEmbedding(nn.Module):
     """Time, and a label where there are classes, as one vector.
 
-    A sinusoidal embedding of t, a two-layer MLP, and a learned vector for each label, the last one being the null
-    label of classifier-free guidance.
+    A sinusoidal embedding of the logit of t, a two-layer MLP, and a learned vector for each label, the last one being
+    the null label of classifier-free guidance. ``log(t / (1 - t))`` is half the logarithm of the noise's power over
+    the picture's: it changes most at the ends of the path, where that ratio does, and t hardly.
 
     Args:
         sinusoid_channels: width of the sinusoidal embedding.
@@ -60,13 +67,39 @@ class ConditionEmbedding(nn.Module):
     def forward(self, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """t (B,) in [0, 1], labels (B,) int64 or None -> (B, T), float32 under autocast."""
         with torch.autocast(t.device.type, enabled=False):
-            # 1000: the frequencies of the sinusoid are made for step numbers, not for times in [0, 1]
-            x = get_timestep_embedding(1000 * t, self.sinusoid_channels)  # (B, sinusoid)
+            logit = torch.logit(t.float(), eps=_LEAST_TIME)  # (B,), from -6.2 to 6.2
+            x = get_timestep_embedding(_FASTEST_WAVE * logit, self.sinusoid_channels)  # (B, sinusoid)
             x = self.linear_1(x.to(self.linear_1.weight.dtype))  # (B, T)
             x = self.linear_2(F.silu(x))  # (B, T)
             if self.labels is not None and labels is not None:
                 x = x + self.labels(labels)  # (B, T)
             return F.silu(x)
+
+
+class PositionEmbedding(nn.Module):
+    """Where a pixel lies, for a picture of any size: zero at the start.
+
+    A 1x1 convolution of the coordinates, from -1 to 1 whatever the size (CoordConv, Liu et al., arXiv 1807.03247), and
+    of the sines and cosines of pi/2, pi and 2 pi times them (Fourier features, Tancik et al., arXiv 2006.10739). A
+    convolution knows of places only what reaches it from the border.
+
+    Args:
+        channels: C.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.project = nn.Conv2d(2 * (1 + 2 * _OCTAVES), channels, 1, bias=False)
+        nn.init.zeros_(self.project.weight)
+
+    def forward(self, height: int, width: int) -> Tensor:
+        """The embedding (1, C, height, width)."""
+        weight = self.project.weight
+        rows, columns = ((2 * torch.arange(size, device=weight.device) + 1) / size - 1 for size in (height, width))
+        places = torch.stack(torch.meshgrid(rows, columns, indexing="ij"))  # (2, H, W)
+        angles = [math.pi / 2 * 2**k * places for k in range(_OCTAVES)]
+        features = torch.cat([places, *(wave(angle) for angle in angles for wave in (torch.sin, torch.cos))])
+        return self.project(features[None].to(weight.dtype).contiguous(memory_format=torch.channels_last))
 
 
 class Downsample(nn.Conv2d):

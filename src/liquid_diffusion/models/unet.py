@@ -16,7 +16,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
-from liquid_diffusion.models.layers import ChannelNorm, ConditionEmbedding, Downsample, Join
+from liquid_diffusion.models.layers import ChannelNorm, ConditionEmbedding, Downsample, Join, PositionEmbedding
 from liquid_diffusion.models.liquid import SCALES, Gate, LiquidBlock, ParallelCfC, Relaxation
 from liquid_diffusion.presets import preset
 
@@ -83,6 +83,7 @@ class LiquidUNet(ModelMixin, ConfigMixin):
 
         self.condition = ConditionEmbedding(widths[0], embedding, num_classes)
         self.stem = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.position = PositionEmbedding(widths[0])
         steps = list(itertools.pairwise(widths))
         self.encoder = nn.ModuleList(blocks(i, depth) for i, depth in enumerate(depths))
         self.downsamples = nn.ModuleList(Downsample(fine, coarse) for fine, coarse in steps)
@@ -161,7 +162,7 @@ class LiquidUNet(ModelMixin, ConfigMixin):
         """
         x, skips = sample, []
         condition = self.condition(*self._check_inputs(sample, timestep, class_labels))  # (B, T)
-        x = self.stem(x.contiguous(memory_format=torch.channels_last))  # (B, C, H, W)
+        x = self.stem(x.contiguous(memory_format=torch.channels_last)) + self.position(*x.shape[2:])  # (B, C, H, W)
         for i, stage in enumerate(self.encoder):
             x = self._run(stage, x, condition)
             skips.append(x)

@@ -50,9 +50,9 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 def channel_mixers(model: LiquidUNet) -> Iterator[nn.Parameter]:
     """Weights of the convolutions inside a model that are not depthwise.
 
-    Not of those that read and write the picture, whose few channels are no hidden features.
+    Not of those that read places and picture, and write it, whose few channels are no hidden features.
     """
-    outer = (model.stem, model.head)
+    outer = (model.stem, model.position.project, model.head)
     for module in model.modules():
         if isinstance(module, nn.Conv2d) and module.groups == 1 and module not in outer:
             assert isinstance(module.weight, nn.Parameter)
