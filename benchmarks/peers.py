@@ -162,7 +162,7 @@ class EagerLiquidUNet(nn.Module):
         if labels is None:
             labels = torch.full((len(x),), self.null_label, device=x.device)
         condition = self.condition(t, labels)
-        x, skips = self.stem(x) + self.position(*x.shape[2:]), []
+        x, skips = self.stem(x) + self.position(x), []
         for i, stage in enumerate(self.encoder):
             for block in stage.children():
                 x = block(x, condition)

@@ -16,6 +16,7 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from safetensors.torch import save_file
 from torch import nn
 
 from liquid_diffusion.codecs import AutoencoderCodec
@@ -402,3 +403,7 @@ def test_runs_that_can_not_be_loaded(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match="is damaged"):
         load_pipeline(str(tmp_path))
+    save_file({name: weight for name, weight in make().unet.state_dict().items() if name != "stem.bias"}, weights)
+    for load in (load_pipeline, LiquidDiffusionPipeline.from_pretrained):
+        with pytest.raises(UserError, match=r"lacks stem\.bias: it was saved by another version"):
+            load(str(tmp_path))

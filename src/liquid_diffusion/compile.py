@@ -203,7 +203,7 @@ class CompiledVelocity:
 
         self.stem = PackedConvolution.of(model.stem, dtype)
         self.position = model.position
-        self.positions: dict[tuple[int, int], Tensor] = {}  # by height and width, (1, C, H, W) each
+        self.positions: dict[torch.Size, Tensor] = {}  # by height and width, (1, C, H, W) each
         self.encoder = [blocks(stage) for stage in model.encoder]
         self.downsamples = convolutions(model.downsamples)
         self.bottleneck = blocks(model.bottleneck)
@@ -261,10 +261,9 @@ class CompiledVelocity:
 
     def _places_of(self, x: Tensor) -> Tensor:
         """The embedding of the places of x (B, in channels, H, W) for each picture: (B, C, H, W), a new tensor."""
-        height, width = x.shape[2:]
-        if (height, width) not in self.positions:
-            self.positions[height, width] = self.position(height, width).to(self.dtype)
-        return self.positions[height, width].repeat(len(x), 1, 1, 1).contiguous(memory_format=torch.channels_last)
+        if x.shape[2:] not in self.positions:
+            self.positions[x.shape[2:]] = self.position(x.to(self.position.project.weight.dtype)).to(self.dtype)
+        return self.positions[x.shape[2:]].repeat(len(x), 1, 1, 1).contiguous(memory_format=torch.channels_last)
 
     def _forward(self, x: Tensor, rows: Tensor) -> Tensor:
         """x (B, C, H, W) and rows of the table, (B,) or (1,) for all -> (B, C, H, W)."""

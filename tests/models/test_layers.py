@@ -27,7 +27,8 @@ def test_the_embedding_of_time_is_made_of_waves_of_its_logit() -> None:
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (4, 12)])
 def test_places_are_told_by_coordinates_and_waves(height: int, width: int) -> None:
     embedding = PositionEmbedding(5)
-    assert embedding(height, width).abs().max() == 0
+    picture = torch.randn(2, 3, height, width)
+    assert embedding(picture).abs().max() == 0
     nn.init.normal_(embedding.project.weight)
     weight = embedding.project.weight.double().detach().numpy()[:, :, 0, 0]
     expected = np.zeros((5, height, width))
@@ -38,4 +39,4 @@ def test_places_are_told_by_coordinates_and_waves(height: int, width: int) -> No
             for wave in (np.pi / 2, np.pi, 2 * np.pi):
                 told += [np.sin(wave * y), np.sin(wave * x), np.cos(wave * y), np.cos(wave * x)]
             expected[:, i, j] = weight @ np.array(told)
-    np.testing.assert_allclose(embedding(height, width)[0].detach().numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(embedding(picture)[0].detach().numpy(), expected, atol=1e-5)

@@ -92,14 +92,13 @@ class PositionEmbedding(nn.Module):
         self.project = nn.Conv2d(2 * (1 + 2 * _OCTAVES), channels, 1, bias=False)
         nn.init.zeros_(self.project.weight)
 
-    def forward(self, height: int, width: int) -> Tensor:
-        """The embedding (1, C, height, width)."""
-        weight = self.project.weight
-        rows, columns = ((2 * torch.arange(size, device=weight.device) + 1) / size - 1 for size in (height, width))
+    def forward(self, x: Tensor) -> Tensor:
+        """The embedding (1, C, H, W) of the places of x (B, any channels, H, W), in the dtype of x."""
+        rows, columns = ((2 * torch.arange(size, device=x.device) + 1) / size - 1 for size in x.shape[2:])
         places = torch.stack(torch.meshgrid(rows, columns, indexing="ij"))  # (2, H, W)
         angles = [math.pi / 2 * 2**k * places for k in range(_OCTAVES)]
         features = torch.cat([places, *(wave(angle) for angle in angles for wave in (torch.sin, torch.cos))])
-        return self.project(features[None].to(weight.dtype).contiguous(memory_format=torch.channels_last))
+        return self.project(features[None].to(x.dtype).contiguous(memory_format=torch.channels_last))
 
 
 class Downsample(nn.Conv2d):

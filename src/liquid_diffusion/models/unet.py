@@ -162,7 +162,7 @@ class LiquidUNet(ModelMixin, ConfigMixin):
         """
         x, skips = sample, []
         condition = self.condition(*self._check_inputs(sample, timestep, class_labels))  # (B, T)
-        x = self.stem(x.contiguous(memory_format=torch.channels_last)) + self.position(*x.shape[2:])  # (B, C, H, W)
+        x = self.stem(x.contiguous(memory_format=torch.channels_last)) + self.position(x)  # (B, C, H, W)
         for i, stage in enumerate(self.encoder):
             x = self._run(stage, x, condition)
             skips.append(x)
