@@ -20,7 +20,8 @@ QUALITY = RESULTS / "quality.csv"
 STEP_TIMES = RESULTS / "step-time.csv"
 CAUSAL = RESULTS / "causal.csv"
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "ablations.md"
-FORMER = {  # by the words before the names of the tables: where the rows of a block of before are, and its page
+FORMER = {  # by the words before the names of the tables: where the rows of a model of before are, and its page
+    "unplaced": (RESULTS / "former" / "quality-unplaced.csv", DOCUMENT.with_name("ablations-unplaced.md")),
     "pooling gate": (RESULTS / "former" / "quality-pooling-gate.csv", DOCUMENT.with_name("ablations-pooling-gate.md")),
     "former": (RESULTS / "former" / "quality.csv", DOCUMENT.with_name("ablations-before.md")),
 }
@@ -394,7 +395,8 @@ def main() -> None:
     for words, (path, document) in FORMER.items():
         rows = _at_chosen_rates(read_rows(path))
         tables = _with_curves(_quality_tables(rows), rows, f"quality-{words.replace(' ', '-')}")
-        tables["optimisers"] = optimizer_table(rows)
+        if (optimisers := optimizer_table(rows)) != NOT_YET:
+            tables["optimisers"] = optimisers
         write_tables({f"{words} {name}": table for name, table in tables.items()}, document)
     draw_causal()
 
