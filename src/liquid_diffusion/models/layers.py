@@ -13,7 +13,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 _OCTAVES = 3  # of waves, the longest of which is twice as long as the picture
-_LEAST_TIME = 0.002  # nearer to 0 and 1 all times are the same to the model: one in 10^9 trained at is
+_LEAST_TIME = 0.002  # nearer to 0 and 1 all times are one to the model: one in 10^9 of those trained at
 _FASTEST_WAVE = 10.0  # of a time's embedding, in radians for each unit of its logit
 
 
