@@ -404,6 +404,5 @@ def test_runs_that_can_not_be_loaded(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is damaged"):
         load_pipeline(str(tmp_path))
     save_file({name: weight for name, weight in make().unet.state_dict().items() if name != "stem.bias"}, weights)
-    for load in (load_pipeline, LiquidDiffusionPipeline.from_pretrained):
-        with pytest.raises(UserError, match=r"lacks stem\.bias: it was saved by another version"):
-            load(str(tmp_path))
+    with pytest.raises(UserError, match=r"lacks stem\.bias: it was saved by another version"):
+        load_pipeline(str(tmp_path))

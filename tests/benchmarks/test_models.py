@@ -167,4 +167,4 @@ def test_muon_trains_what_mixes_channels_inside_a_model(name: str) -> None:
     )
     assert not [name for name in names if any(part in name.split(".")[-2] or f".{part}" in name for part in outside)]
     left = [name for name in shapes if name not in names and len(shapes[name]) == 4 and shapes[name][1] > 1]
-    assert len(left) <= 3, left  # of the convolutions that are not depthwise, two at the picture's end and one behind
+    assert len(left) <= 3, left  # not depthwise: two that read picture and places, one that writes

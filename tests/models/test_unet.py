@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -167,6 +168,20 @@ def test_save_and_load(tmp_path: Path) -> None:
         torch.testing.assert_close(value, model.state_dict()[name], atol=0, rtol=0)
     # to rounding: weights that lie elsewhere in memory are summed in another order by some processors' kernels
     torch.testing.assert_close(again(x, 0.2).sample, model.eval()(x, 0.2).sample, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("low_memory", [True, False])
+def test_weights_that_are_missing_are_not_made_up(tmp_path: Path, low_memory: bool) -> None:
+    """diffusers warns, and leaves them without data or as they start, by how it loads."""
+    model = small_model()
+    model.save_pretrained(tmp_path)
+    again, info = LiquidUNet.from_pretrained(tmp_path, output_loading_info=True)
+    assert isinstance(again, LiquidUNet)
+    assert not info["missing_keys"]
+    weights = {name: weight for name, weight in model.state_dict().items() if not name.startswith("stem")}
+    save_file(weights, tmp_path / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(UserError, match=r"lacks stem\.bias and 1 more: it was saved by another version"):
+        LiquidUNet.from_pretrained(tmp_path, low_cpu_mem_usage=low_memory)
 
 
 def test_scales_of_the_spatial_mix() -> None:

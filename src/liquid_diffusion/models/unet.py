@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import get_args
+from os import PathLike
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
+from liquid_diffusion.errors import UserError
 from liquid_diffusion.models.layers import ChannelNorm, ConditionEmbedding, Downsample, Join, PositionEmbedding
 from liquid_diffusion.models.liquid import SCALES, Gate, LiquidBlock, ParallelCfC, Relaxation
 from liquid_diffusion.presets import preset
@@ -114,6 +116,24 @@ class LiquidUNet(ModelMixin, ConfigMixin):
             ratio=shape.ratio,
             condition_channels=shape.condition_channels,
         )
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any
+    ) -> LiquidUNet | tuple[LiquidUNet, dict[str, Any]]:
+        """The model of a folder or of the Hub, as diffusers' `ModelMixin.from_pretrained`, which only warns of weights
+        that are not there.
+
+        Raises:
+            UserError: weights are missing.
+        """
+        asked = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        if missing := sorted(info["missing_keys"]):
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            where = pretrained_model_name_or_path
+            raise UserError(f"The model in {where} lacks {missing[0]}{more}: it was saved by another version.")
+        return (model, info) if asked else model
 
     def make_block(self, channels: int, condition_channels: int, scales: Sequence[int]) -> nn.Module:
         """A block (B, C, H, W), (B, T) -> (B, C, H, W). A subclass may give another one; the frame around it stays."""
