@@ -21,7 +21,10 @@ STEP_TIMES = RESULTS / "step-time.csv"
 CAUSAL = RESULTS / "causal.csv"
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "ablations.md"
 FORMER = {  # by the words before the names of the tables: where the rows of a model of before are, and its page
-    "unplaced": (RESULTS / "former" / "quality-unplaced.csv", DOCUMENT.with_name("ablations-unplaced.md")),
+    "without positions": (
+        RESULTS / "former" / "quality-without-positions.csv",
+        DOCUMENT.with_name("ablations-without-positions.md"),
+    ),
     "pooling gate": (RESULTS / "former" / "quality-pooling-gate.csv", DOCUMENT.with_name("ablations-pooling-gate.md")),
     "former": (RESULTS / "former" / "quality.csv", DOCUMENT.with_name("ablations-before.md")),
 }
