@@ -159,7 +159,7 @@ class MixWithResponseNorm(MultiScaleSpatialMix):
         self.norm = GlobalResponseNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.project(self.norm(depthwise_conv(x, self.kernel, self.bias)))
+        return self.add_context(self.project(self.norm(depthwise_conv(x, self.kernel, self.bias))), x)
 
 
 class MixWithPoolingGate(MultiScaleSpatialMix):
@@ -171,7 +171,15 @@ class MixWithPoolingGate(MultiScaleSpatialMix):
 
     def forward(self, x: Tensor) -> Tensor:
         pooled = torch.sigmoid(self.pool_gate(x.mean((2, 3))))  # (B, C)
-        return self.project(depthwise_conv(x, self.kernel, self.bias) * pooled[:, :, None, None])
+        return self.add_context(self.project(depthwise_conv(x, self.kernel, self.bias) * pooled[:, :, None, None]), x)
+
+
+class MixWithoutContext(MultiScaleSpatialMix):
+    """The depthwise convolution alone; nothing of the picture's mean."""
+
+    def __init__(self, channels: int, scales: Sequence[int]) -> None:
+        super().__init__(channels, scales)
+        self.context = None
 
 
 class Variant(LiquidBlock):
@@ -290,6 +298,7 @@ ABLATIONS = {
     "feed-forward": Ablation("half of the layer as a feed-forward", WithFeedForward),
     "mix grn": Ablation("response norm in the spatial mix", _with_mix(MixWithResponseNorm)),
     "mix pooling gate": Ablation("a gate from the picture's mean in the spatial mix", _with_mix(MixWithPoolingGate)),
+    "mix no context": Ablation("nothing of the picture's mean in the spatial mix", _with_mix(MixWithoutContext)),
     "mix 7x7": Ablation(
         "all scales at the finest stage too", _with_mix(lambda channels, _: MultiScaleSpatialMix(channels, SCALES))
     ),

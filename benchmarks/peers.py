@@ -109,6 +109,7 @@ class EagerBlock(nn.Module):
         self.modulation = nn.Linear(condition_channels, 3 * channels)
         self.depthwise = nn.ModuleList(nn.Conv2d(channels, channels, k, 1, k // 2, groups=channels) for k in scales)
         self.project = nn.Conv2d(channels, channels, 1)
+        self.context = nn.Conv2d(channels, channels, 1, bias=False) if len(scales) > 1 else None
 
     @staticmethod
     def normalise(x: Tensor) -> Tensor:
@@ -123,7 +124,10 @@ class EagerBlock(nn.Module):
         x = alpha * x + (1 - alpha) * out
         scale, shift, c = self.modulation(condition)[:, :, None, None].chunk(3, 1)
         u = self.normalise(x) * (1 + scale) + shift
-        return x + c * self.project(sum(layer(u) for layer in self.depthwise))
+        mixed = self.project(sum(layer(u) for layer in self.depthwise))
+        if self.context is not None:
+            mixed = mixed + self.context(u.mean((2, 3), keepdim=True))
+        return x + c * mixed
 
 
 class EagerLiquidUNet(nn.Module):

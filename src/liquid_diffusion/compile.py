@@ -97,6 +97,9 @@ class _FoldedBlock:
         kernel = mix.kernel
         self.depthwise = PackedConvolution(kernel, mix.bias, dtype, groups=kernel.shape[0])
         self.project = PackedConvolution.of(mix.project, dtype)
+        self.context = None
+        if mix.context is not None:
+            self.context = PackedConvolution(mix.context.weight, torch.zeros_like(mix.bias), dtype)
 
     @staticmethod
     def _rows(block: LiquidBlock, conditions: Tensor) -> Tensor:
@@ -120,7 +123,10 @@ class _FoldedBlock:
             self.out.add_scaled_to(x, z, take, self.shared)
 
         u = _modulated_norm(x, scale, shift, self.shared)
-        return self.project.add_scaled_to(x, self.depthwise(u), output, self.shared)
+        x = self.project.add_scaled_to(x, self.depthwise(u), output, self.shared)
+        if self.context is None:
+            return x
+        return x.add_(output * self.context(u.mean((2, 3), keepdim=True)))  # faster than `addcmul_` of three shapes
 
 
 class _FoldedJoin:

@@ -13,22 +13,22 @@ def nano() -> UNetConfig:
 
     A fifth of them is applied to every pixel; the others see time and label, once for a picture.
     """
-    return UNetConfig(widths=(128, 128, 128), depths=(0, 1, 1), decoder_depths=(2, 1, 1), condition_channels=656)
+    return UNetConfig(widths=(128, 128, 128), depths=(0, 1, 1), decoder_depths=(2, 1, 1), condition_channels=640)
 
 
 def tiny() -> UNetConfig:
     """23 M parameters."""
-    return UNetConfig(widths=(160, 160, 256), depths=(0, 1, 4), decoder_depths=(2, 1, 4), condition_channels=896)
+    return UNetConfig(widths=(160, 160, 256), depths=(0, 1, 4), decoder_depths=(2, 1, 4), condition_channels=864)
 
 
 def small() -> UNetConfig:
     """68 M parameters."""
-    return UNetConfig(widths=(224, 256, 448), depths=(0, 2, 6), decoder_depths=(2, 2, 6), condition_channels=1056)
+    return UNetConfig(widths=(224, 256, 448), depths=(0, 2, 6), decoder_depths=(2, 2, 6), condition_channels=992)
 
 
 def base() -> UNetConfig:
     """155 M parameters."""
-    return UNetConfig(widths=(320, 384, 576), depths=(0, 2, 8), decoder_depths=(2, 2, 8), condition_channels=1536)
+    return UNetConfig(widths=(320, 384, 576), depths=(0, 2, 8), decoder_depths=(2, 2, 8), condition_channels=1456)
 
 
 PRESETS: dict[str, Callable[[], UNetConfig]] = {"nano": nano, "tiny": tiny, "small": small, "base": base}

@@ -72,7 +72,11 @@ def transcription(weights: dict[str, Tensor], x: Tensor, condition: Tensor, scal
 
     u = normalise(x) * (1 + m[0]) + m[1]
     mixed = sum(depthwise(u, weights[f"mix.kernel_{k}"]) for k in scales)
-    return x + m[2] * pointwise(weights, "mix.project", mixed + weights["mix.bias"][None, :, None, None])
+    mixed = pointwise(weights, "mix.project", mixed + weights["mix.bias"][None, :, None, None])
+    if len(scales) > 1:
+        mean = u.sum((2, 3)) / (u.shape[2] * u.shape[3])
+        mixed = mixed + torch.einsum("oc,bc->bo", weights["mix.context.weight"][:, :, 0, 0], mean)[:, :, None, None]
+    return x + m[2] * mixed
 
 
 @pytest.mark.parametrize("scales", [(3, 5, 7), (3,)])

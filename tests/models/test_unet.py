@@ -213,6 +213,7 @@ def test_state_dict_keys_are_frozen() -> None:
         "cfc.time_gate.weight", "cfc.time_gate.bias",
         "cfc.time_relaxation.weight", "cfc.time_relaxation.bias", "cfc.log_rate",
         "mix.kernel_3", "mix.kernel_5", "mix.kernel_7", "mix.bias", "mix.project.weight", "mix.project.bias",
+            "mix.context.weight",
     }  # fmt: skip
     tops = {name.split(".")[0] for name in small_model().state_dict()}
     assert tops == {

@@ -155,11 +155,14 @@ class ParallelCfC(nn.Module):
 
 
 class MultiScaleSpatialMix(nn.Module):
-    """Depthwise 3x3 + 5x5 + 7x7 as one convolution, then 1x1.
+    """Depthwise 3x3 + 5x5 + 7x7 as one convolution, then 1x1, and the widest scale: what the mean of the picture adds.
+
+    ``project(conv(x)) + context(mean(x))``, the latter the same at all pixels: the global context of GCNet (Cao et al.,
+    arXiv 1904.11492) with plain averages in place of attention. It starts at zero.
 
     Args:
         channels: C.
-        scales: sides of the kernels, odd, ascending.
+        scales: sides of the kernels, odd, ascending; with one alone there is no context either.
     """
 
     def __init__(self, channels: int, scales: Sequence[int] = SCALES) -> None:
@@ -169,12 +172,15 @@ class MultiScaleSpatialMix(nn.Module):
             self.register_parameter(f"kernel_{side}", nn.Parameter(torch.empty(channels, 1, side, side)))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.project = nn.Conv2d(channels, channels, 1)
+        self.context = nn.Conv2d(channels, channels, 1, bias=False) if len(self.scales) > 1 else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """The scales start with equal shares of the variance of one convolution."""
         for kernel in self._kernels():
             nn.init.normal_(kernel, std=(len(self.scales) * kernel.shape[-1] ** 2) ** -0.5)
+        if self.context is not None:
+            nn.init.zeros_(self.context.weight)
 
     def _kernels(self) -> list[Tensor]:
         return [getattr(self, f"kernel_{side}") for side in self.scales]
@@ -193,7 +199,11 @@ class MultiScaleSpatialMix(nn.Module):
         self.register_parameter(f"kernel_{side}", nn.Parameter(kernel))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.project(depthwise_conv(x, self.kernel, self.bias))
+        return self.add_context(self.project(depthwise_conv(x, self.kernel, self.bias)), x)
+
+    def add_context(self, out: Tensor, x: Tensor) -> Tensor:
+        """``out + context(mean(x))``, out and x (B, C, H, W)."""
+        return out if self.context is None else out + self.context(x.mean((2, 3), keepdim=True))
 
 
 class LiquidBlock(nn.Module):
