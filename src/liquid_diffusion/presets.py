@@ -11,7 +11,7 @@ from liquid_diffusion.errors import UserError
 def nano() -> UNetConfig:
     """For a CPU, quick starts and the edge: at most 6 M parameters.
 
-    A fifth of them is applied to every pixel; the others see time and label, once for a picture.
+    A fifth of them is applied to pixels; the others see time and label, once for a picture.
     """
     return UNetConfig(widths=(128, 128, 128), depths=(0, 1, 1), decoder_depths=(2, 1, 1), condition_channels=640)
 

@@ -65,7 +65,7 @@ def test_every_convolution_inside_is_a_mixer_and_nothing_else() -> None:
     model = LiquidUNet(in_channels=12, num_classes=3, widths=(32, 64), depths=(1, 1), ratio=2)
     chosen = {id(weight) for weight in channel_mixers(model)}
     names = {name for name, parameter in model.named_parameters() if id(parameter) in chosen}
-    inside = ("cfc.heads.weight", "cfc.project.weight", "mix.project.weight")
+    inside = ("cfc.heads.weight", "cfc.project.weight", "mix.project.weight", "mix.context.weight")
     wanted = {name for name, _ in model.named_parameters() if name.endswith(inside)}
     wanted |= {"downsamples.0.weight"}
     wanted |= {f"joins.{i}.{side}.weight" for i in (0, 1) for side in ("below", "skip")}
