@@ -65,7 +65,7 @@ def read_rows(path: Path) -> list[Row]:
         return list(csv.DictReader(file))
 
 
-def _of_any_clock(rows: list[Row]) -> list[Row]:
+def of_any_clock(rows: list[Row]) -> list[Row]:
     """Rows without the clock where the budget is of images: what a second is changes nothing there."""
     return [row | {"clock": ""} if row["budget"].endswith("images") else row for row in rows]
 
@@ -328,7 +328,7 @@ def draw_quality() -> None:
     """All that quality.csv tells: tables in docs/ablations.md, and curves."""
     from ablations import ABLATIONS
 
-    rows = _of_any_clock(_at_chosen_rates(read_rows(QUALITY)))
+    rows = of_any_clock(_at_chosen_rates(read_rows(QUALITY)))
     tables = _quality_tables(rows, {name: ablation.question for name, ablation in ABLATIONS.items()})
     tables["training times"] = times_table(rows)
     write_tables(_with_curves(tables, rows, "quality"))

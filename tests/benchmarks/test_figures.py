@@ -10,6 +10,7 @@ from figures import (
     causal_table,
     comparison_tables,
     mean_and_error,
+    of_any_clock,
     optimizer_table,
     times_table,
     tuning_table,
@@ -64,6 +65,12 @@ def test_tables_hold_what_the_rows_say() -> None:
     assert tuning.splitlines()[0].startswith("480 s each, 32 px")
     assert tuning.splitlines()[2] == "| model | 0.0005 | 0.002 |"
     assert tuning.splitlines()[-1] == "| a | **0.300** | 0.400 |"
+
+
+@pytest.mark.parametrize(("budget", "together"), [("32000 images", True), ("480 s", False)])
+def test_trainings_of_equal_images_are_compared_whatever_the_clock(budget: str, together: bool) -> None:
+    some = rows("liquid", 0.4, budget=budget) + rows("peer", 0.8, budget=budget, clock="cpu")
+    assert (comparison_tables(of_any_clock(some), "liquid") != NOT_YET) is together
 
 
 def test_a_learning_rate_is_chosen_by_the_loss_on_the_split_for_choices() -> None:
