@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from liquid_diffusion.flow import TimeSampling
 from liquid_diffusion.models.depthwise import depthwise_conv
-from liquid_diffusion.models.layers import ConditionLinear, channel_norm
+from liquid_diffusion.models.layers import ConditionLinear, PointwiseConv, channel_norm
 from liquid_diffusion.models.liquid import (
     SCALES,
     Gate,
@@ -113,7 +113,7 @@ class ThreeHeads(ParallelCfC):
     def __init__(self, channels: int, condition_channels: int, hidden: int, product: bool) -> None:
         super().__init__(channels, condition_channels, 3 * hidden // 4)
         self.product = product
-        self.heads = nn.Conv2d(channels, 3 * self.project.in_channels, 1)
+        self.heads = PointwiseConv(channels, 3 * self.project.in_channels)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         a, b = self.slope_and_offset(condition)  # (B, C, 1, 1) each
@@ -197,7 +197,7 @@ class WithFeedForward(Variant):
         super().__init__(channels, condition_channels, ParallelCfC(channels, condition_channels, hidden // 2), scales)
         inner = swish_mlp_width(hidden) // 2
         self.modulation = ConditionLinear(condition_channels, 6 * channels)
-        self.feed_forward = nn.Sequential(nn.Conv2d(channels, inner, 1), nn.GELU(), nn.Conv2d(inner, channels, 1))
+        self.feed_forward = nn.Sequential(PointwiseConv(channels, inner), nn.GELU(), PointwiseConv(inner, channels))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         m = self.modulation(condition)[:, :, None, None].chunk(6, dim=1)  # 6 x (B, C, 1, 1)

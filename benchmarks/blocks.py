@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from liquid_diffusion.models.depthwise import depthwise_conv
-from liquid_diffusion.models.layers import ConditionLinear, channel_norm
+from liquid_diffusion.models.layers import ConditionLinear, PointwiseConv, channel_norm
 from liquid_diffusion.models.liquid import modulate
 from liquid_diffusion.models.unet import LiquidUNet
 
@@ -83,12 +83,12 @@ class DiCoBlock(nn.Module):
     def __init__(self, channels: int, condition_channels: int, ratio: int = 2) -> None:
         super().__init__()
         self.modulation = zero_modulation(condition_channels, 6 * channels)
-        self.widen = nn.Conv2d(channels, channels, 1)
+        self.widen = PointwiseConv(channels, channels)
         self.depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
         self.attention = nn.Linear(channels, channels)
-        self.project = nn.Conv2d(channels, channels, 1)
+        self.project = PointwiseConv(channels, channels)
         inner = ratio * channels
-        self.feed_forward = nn.Sequential(nn.Conv2d(channels, inner, 1), nn.GELU(), nn.Conv2d(inner, channels, 1))
+        self.feed_forward = nn.Sequential(PointwiseConv(channels, inner), nn.GELU(), PointwiseConv(inner, channels))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         m = self.modulation(condition)[:, :, None, None].chunk(6, dim=1)  # 6 x (B, C, 1, 1)
@@ -109,9 +109,9 @@ class FCDMBlock(nn.Module):
         super().__init__()
         self.modulation = zero_modulation(condition_channels, 3 * channels)
         self.depthwise = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
-        self.widen = nn.Conv2d(channels, ratio * channels, 1)
+        self.widen = PointwiseConv(channels, ratio * channels)
         self.norm = GlobalResponseNorm(ratio * channels)
-        self.project = nn.Conv2d(ratio * channels, channels, 1)
+        self.project = PointwiseConv(ratio * channels, channels)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         scale, shift, gate = self.modulation(condition)[:, :, None, None].chunk(3, dim=1)  # (B, C, 1, 1) each

@@ -40,7 +40,7 @@ if TYPE_CHECKING:  # of a bundled pipeline the model's classes are in another fi
 # What a model consists of that is rewritten here: of this package by name, since a bundle's are other classes
 _OWN_PARTS = frozenset({
     "LiquidUNet", "ConditionEmbedding", "ConditionLinear", "PositionEmbedding", "LiquidBlock", "ParallelCfC",
-    "MultiScaleSpatialMix", "Downsample", "Join", "ChannelNorm",
+    "MultiScaleSpatialMix", "Downsample", "Join", "ChannelNorm", "PointwiseConv",
 })  # fmt: skip
 _TORCH_PARTS = (nn.ModuleList, nn.Conv2d, nn.Linear, nn.Embedding)
 

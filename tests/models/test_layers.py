@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from liquid_diffusion.models.layers import ConditionEmbedding, PositionEmbedding
+from liquid_diffusion.models.layers import ConditionEmbedding, PointwiseConv, PositionEmbedding
 
 
 def test_the_embedding_of_time_is_made_of_waves_of_its_logit() -> None:
@@ -40,3 +40,29 @@ def test_places_are_told_by_coordinates_and_waves(height: int, width: int) -> No
                 told += [np.sin(wave * y), np.sin(wave * x), np.cos(wave * y), np.cos(wave * x)]
             expected[:, i, j] = weight @ np.array(told)
     np.testing.assert_allclose(embedding(picture)[0].detach().numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("side", [4, 32])  # 64 pixels in the batch are a matrix product, 4,096 a convolution
+def test_a_pointwise_convolution_is_a_product_for_each_pixel(side: int, bias: bool) -> None:
+    layer = PointwiseConv(6, 10, bias=bias)
+    x = torch.randn(4, 6, side, side).contiguous(memory_format=torch.channels_last).requires_grad_()
+    told = torch.randn(4, 10, side, side)
+    y = layer(x)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    (y * told).sum().backward()
+    weight, pixels, g = (v.detach().double().numpy() for v in (layer.weight[:, :, 0, 0], x, told))
+    expected = np.einsum("oc,bchw->bohw", weight, pixels)
+    if layer.bias is not None:
+        expected += layer.bias.detach().double().numpy()[None, :, None, None]
+        assert layer.bias.grad is not None
+        np.testing.assert_allclose(layer.bias.grad, g.sum((0, 2, 3)), rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(y.detach(), expected, atol=1e-5)
+    assert x.grad is not None
+    assert layer.weight.grad is not None
+    np.testing.assert_allclose(x.grad, np.einsum("oc,bohw->bchw", weight, g), atol=1e-5)
+    np.testing.assert_allclose(
+        layer.weight.grad[:, :, 0, 0], np.einsum("bohw,bchw->oc", g, pixels), rtol=1e-4, atol=1e-3
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), y, rtol=1e-5, atol=1e-5)

@@ -15,6 +15,10 @@ from torch import Tensor, nn
 _OCTAVES = 3  # of waves, the longest of which is twice as long as the picture
 _LEAST_TIME = 0.002  # nearer to 0 and 1 all times are one to the model: one in 10^9 of those trained at
 _FASTEST_WAVE = 10.0  # of a time's embedding, in radians for each unit of its logit
+# In a batch: up to so many a CPU trains faster by a matrix product than by a 1x1 convolution, which brings the weights
+# into a layout of its own and their gradient back. 8 pictures of 8 x 8 pixels, from 256 to 640 channels, forward and
+# backward, took 1.50 ms in place of 1.85 on two cores; 2,048 pixels and more as long.
+_FEW_PIXELS = 1024
 
 
 def channel_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6) -> Tensor:
@@ -35,6 +39,18 @@ class ChannelNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return channel_norm(x, self.weight, self.bias, self.eps)
+
+
+class PointwiseConv(nn.Conv2d):
+    """A 1x1 convolution, in training a matrix product where that is faster: (B, C, H, W) -> (B, C', H, W)."""
+
+    def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
+        super().__init__(in_channels, out_channels, 1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or not torch.is_grad_enabled() or x.numel() > _FEW_PIXELS * self.in_channels:
+            return super().forward(x)
+        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 class ConditionLinear(nn.Linear):
@@ -123,8 +139,8 @@ class Join(nn.Module):
     def __init__(self, below: int, channels: int, scale: int) -> None:
         super().__init__()
         self.scale = scale
-        self.below = nn.Conv2d(below, channels, 1)
-        self.skip = nn.Conv2d(channels, channels, 1)
+        self.below = PointwiseConv(below, channels)
+        self.skip = PointwiseConv(channels, channels)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """x (B, C', H / scale, W / scale), skip (B, C, H, W) -> (B, C, H, W)."""

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from liquid_diffusion.models.depthwise import depthwise_conv, merge_kernels
-from liquid_diffusion.models.layers import ConditionLinear, channel_norm
+from liquid_diffusion.models.layers import ConditionLinear, PointwiseConv, channel_norm
 
 Gate = Literal["liquid", "static", "none"]
 Relaxation = Literal["liquid", "none"]
@@ -101,8 +101,8 @@ class ParallelCfC(nn.Module):
         super().__init__()
         self.gate = gate
         self.relaxation = relaxation
-        self.heads = nn.Conv2d(channels, hidden if gate == "none" else 2 * hidden, 1)
-        self.project = nn.Conv2d(hidden, channels, 1)
+        self.heads = PointwiseConv(channels, hidden if gate == "none" else 2 * hidden)
+        self.project = PointwiseConv(hidden, channels)
         if gate == "static":
             self.slope = nn.Parameter(torch.ones(channels))
             self.offset = nn.Parameter(torch.zeros(channels))
@@ -171,8 +171,8 @@ class MultiScaleSpatialMix(nn.Module):
         for side in scales:  # as weights of this module, where what offloads weights looks for them
             self.register_parameter(f"kernel_{side}", nn.Parameter(torch.empty(channels, 1, side, side)))
         self.bias = nn.Parameter(torch.zeros(channels))
-        self.project = nn.Conv2d(channels, channels, 1)
-        self.context = nn.Conv2d(channels, channels, 1, bias=False) if len(self.scales) > 1 else None
+        self.project = PointwiseConv(channels, channels)
+        self.context = PointwiseConv(channels, channels, bias=False) if len(self.scales) > 1 else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
