@@ -62,12 +62,13 @@ def speed_tables(rows: list[Row]) -> dict[str, str]:
         for case, models in of(task).items()
         if case[2:] == ("8", "32")
     }
+    in_float32 = of("evaluation in float32", "tiny") | of("training step in float32", "tiny")
     return {
         "evaluation": beside(of("evaluation", "tiny"), ["batch", "latent"], [2, 3]),
         "training step": beside(of("training step", "tiny"), ["batch", "latent"], [2, 3]),
         "all compiled": beside(of("training step, all compiled", "tiny"), ["batch", "latent"], [2, 3]),
         "presets": beside(largest, ["task", "preset"], [0, 1]),
-        "float32": beside(of("evaluation in float32", "tiny"), ["batch", "latent"], [2, 3]),
+        "float32": beside(in_float32, ["task", "batch", "latent"], [0, 2, 3]),
         "with decoder": beside(of("sampling with decoder", "tiny"), ["batch", "latent"], [2, 3]),
     }
 

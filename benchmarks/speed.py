@@ -128,12 +128,30 @@ def compiled_steps(models: dict[str, nn.Module], batch: int, size: int, device: 
     return steps_of(some, batch, size, device, "default")
 
 
+def float32_steps(models: dict[str, nn.Module], batch: int, size: int, device: torch.device) -> dict[str, Callable]:
+    """A training step in float32, for machines that are not fast in bfloat16; beside it ours where one is."""
+    ours, transcription = models[OURS], {"eager transcription": models["eager transcription"]}
+    functions = steps_of({OURS: ours}, batch, size, device, "default", torch.float32)
+    functions |= steps_of(transcription, batch, size, device, "force_eager", torch.float32)
+    if fastest_dtype(device) != torch.float32:
+        functions |= steps_of({f"{OURS}, bfloat16": copy.deepcopy(ours)}, batch, size, device, "default")
+    return functions
+
+
 def steps_of(
-    models: dict[str, nn.Module], batch: int, size: int, device: torch.device, stance: str
+    models: dict[str, nn.Module],
+    batch: int,
+    size: int,
+    device: torch.device,
+    stance: str,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Callable]:
-    """Training steps under a stance of torch.compile: "default", on a GPU recorded too, or "force_eager"."""
+    """Training steps under a stance of torch.compile: "default", on a GPU recorded too, or "force_eager".
+
+    In a dtype, or in the one that the machine is fast in.
+    """
     batch_given = batch_of(batch, size, device)
-    dtype = fastest_dtype(device)
+    dtype = dtype or fastest_dtype(device)
 
     def step_of(model: nn.Module) -> Callable[[], None]:
         parameters = list(model.parameters())
@@ -305,6 +323,7 @@ TASKS: dict[str, Callable[..., dict[str, Callable]]] = {
     "training step": training_steps,
     "training step, all compiled": compiled_steps,
     "evaluation in float32": edge,
+    "training step in float32": float32_steps,
     "sampling with decoder": with_decoder,
 }
 
@@ -317,8 +336,8 @@ def is_worth_it(task: str, batch: int, size: int, device: torch.device) -> bool:
         return batch > 1 and size == 32
     if task == "evaluation, all compiled":
         return device.type == "cuda" and batch > 1
-    if task == "evaluation in float32":
-        return device.type == "cpu" and size == 32
+    if task in ("evaluation in float32", "training step in float32"):
+        return device.type == "cpu" and size == 32 and (batch > 1 or task.startswith("evaluation"))
     if task == "sampling with decoder":
         return device.type != "cpu" or (batch, size) == (1, 32)
     return True
