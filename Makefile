@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/quickstart
 
-.PHONY: quickstart test lint docs liquid-figures bench bench-depthwise bench-data bench-memory bench-precision bench-gpu gpu-training package quality ablations times causal figures ship bench-installed install clean
+.PHONY: quickstart test lint docs liquid-figures bench bench-convolutions bench-data bench-memory bench-precision bench-gpu gpu-training package quality ablations times causal figures ship bench-installed install clean
 
 quickstart: install  ## train on the emoji, draw pictures, and show the nearest training picture of each
 	$(BIN)/liquid-diffusion train --out $(RUN)
@@ -25,8 +25,8 @@ bench: bench-installed  ## speed beside peers of equal parameters, profile and r
 	$(BIN)/python benchmarks/roofline.py
 	$(BIN)/python benchmarks/performance_tables.py
 
-bench-depthwise: install  ## our depthwise convolution beside the library's
-	$(BIN)/python benchmarks/depthwise.py
+bench-convolutions: install  ## our depthwise and 1x1 convolutions beside the library's
+	$(BIN)/python benchmarks/convolutions.py
 
 bench-precision: bench-installed  ## what bfloat16 gains over float32 on this machine
 	$(BIN)/python benchmarks/precision.py

@@ -1,0 +1,82 @@
+"""The convolutions that a CPU trains in a way of ours, beside the library's own: the 7x7 depthwise one of
+`liquid_diffusion.models.depthwise`, and the 1x1 one of few pixels, which is a matrix product.
+
+Interleaved in one run, median of 15, milliseconds: python benchmarks/convolutions.py
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from liquid_diffusion.models.depthwise import _weight_gradient, _weight_gradient_in_strips, depthwise_conv
+from liquid_diffusion.models.layers import PointwiseConv
+
+DEPTHWISE = [(64, 64, 16, 16), (64, 128, 8, 8), (8, 64, 32, 32), (8, 256, 8, 8), (8, 64, 64, 64)]
+# batch, channels in and out, side: heads at the coarsest stage of nano, tiny, small and base, and at the next of tiny
+POINTWISE = [(64, 128, 320, 4), (8, 256, 640, 8), (8, 448, 1152, 8), (8, 576, 1472, 8), (8, 160, 384, 16)]
+
+
+def milliseconds(functions: list[Callable[[], object]], repeats: int = 15) -> list[float]:
+    """The median time of each function, taking turns."""
+    times: list[list[float]] = [[] for _ in functions]
+    for repeat in range(repeats + 2):
+        for i, function in enumerate(functions):
+            start = time.perf_counter()
+            function()
+            if repeat > 1:
+                times[i].append(1000 * (time.perf_counter() - start))
+    return [statistics.median(some) for some in times]
+
+
+def step(convolve: Callable[..., Tensor], *inputs: Tensor) -> Callable[[], object]:
+    """Forward and backward pass; the gradients of the result are no copies of one number, which a library may spare."""
+    grad = torch.randn_like(convolve(*inputs))
+    return lambda: convolve(*inputs).backward(grad)
+
+
+def picture(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, dtype=dtype).to(memory_format=torch.channels_last).requires_grad_()
+
+
+def depthwise(shape: tuple[int, int, int, int], dtype: torch.dtype) -> list[float]:
+    """Weight gradient, ours and the library's, and a step, ours and the library's."""
+    x, kernel = picture(shape, dtype), torch.randn(shape[1], 1, 7, 7, dtype=dtype).requires_grad_()
+    grad, plain = torch.randn_like(x), x.detach()
+    return milliseconds(
+        [
+            lambda: _weight_gradient_in_strips(grad, plain),
+            lambda: _weight_gradient(grad, plain, 7),
+            step(depthwise_conv, x, kernel),
+            step(lambda x, k: F.conv2d(x, k, padding=3, groups=x.shape[1]), x, kernel),
+        ]
+    )
+
+
+def pointwise(batch: int, channels: int, out: int, side: int, dtype: torch.dtype) -> list[float]:
+    """A step, ours and the library's."""
+    x, layer = picture((batch, channels, side, side), dtype), PointwiseConv(channels, out).to(dtype)
+    return milliseconds([step(layer, x), step(lambda x: F.conv2d(x, layer.weight, layer.bias), x)])
+
+
+def main() -> None:
+    print(f"{'shape':22}{'dtype':10}{'weight gradient: ours':>24}{'library':>10}{'step: ours':>14}{'library':>10}")
+    for shape in DEPTHWISE:
+        for dtype in (torch.float32, torch.bfloat16):
+            ours, library, our_step, library_step = depthwise(shape, dtype)
+            name = str(dtype).removeprefix("torch.")
+            print(f"{shape!s:22}{name:10}{ours:24.2f}{library:10.2f}{our_step:14.2f}{library_step:10.2f}")
+    print(f"\n{'batch, in, out, side':22}{'dtype':10}{'step: ours':>14}{'library':>10}")
+    for case in POINTWISE:
+        for dtype in (torch.float32, torch.bfloat16):
+            our_step, library_step = pointwise(*case, dtype)
+            print(f"{case!s:22}{str(dtype).removeprefix('torch.'):10}{our_step:14.2f}{library_step:10.2f}")
+
+
+if __name__ == "__main__":
+    main()
