@@ -67,8 +67,9 @@ def main() -> None:
     dataset, classes = load_emoji(settings.size)
     model = LiquidUNet.from_preset("nano", in_channels=3, num_classes=classes)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.99))
-    loader = DataLoader(dataset, settings.batch_size, shuffle=True, drop_last=True)
     processes = accelerator.num_processes  # accelerate takes a step of the schedule for each of them
+    batch_size = min(settings.batch_size, len(dataset) // processes)
+    loader = DataLoader(dataset, batch_size, shuffle=True, drop_last=True)
     schedule = get_cosine_schedule_with_warmup(optimizer, 10 * processes, settings.steps * processes)
     model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
     set_seed(0, device_specific=True)  # each process draws its own times and noise

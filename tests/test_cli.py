@@ -214,6 +214,7 @@ def test_sd_vae_of_the_hub_is_fetched_once(little_hub: LittleHub, photos: Path, 
         (["--data", "./no/such/folder"], "no data set and no folder './no/such/folder'"),
         (["--data", "emojy"], "no data set and no folder 'emojy'"),
         (["--data", "EMPTY"], "no pictures in"),
+        (["--data", "FILE"], "is one file: give the folder that holds the pictures"),
         (["--data", "someone/some-pictures"], "Hub can't be reached for 'someone/some-pictures'"),
         (["--model", "huge"], "no model 'huge'; choose from nano, tiny, small, base"),
         (["--image-size", "20"], "image_size 20 can't be divided by 8"),
@@ -232,7 +233,8 @@ def test_sd_vae_of_the_hub_is_fetched_once(little_hub: LittleHub, photos: Path, 
 def test_mistakes_in_training(arguments: list[str], words: str, tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("mine")
-    places = {"EMPTY": str(tmp_path / "empty"), "FILE/run": str(tmp_path / "file" / "run")}
+    places = {"EMPTY": str(tmp_path / "empty"), "FILE": str(tmp_path / "file")}
+    places["FILE/run"] = str(tmp_path / "file" / "run")
     arguments = [places.get(argument, argument) for argument in arguments]
     if "--out" not in arguments:
         arguments = [*arguments, "--out", str(tmp_path / "run")]
@@ -251,10 +253,11 @@ def test_mistakes_in_training(arguments: list[str], words: str, tmp_path: Path, 
         ("imge_size: 16", "does not accept option 'imge_size'"),
         ("image_size: large", "--image-size must be a whole number, not large"),
         ("a: [", ""),
+        ("data: caf\xe9", "is not UTF-8"),
     ],
 )
 def test_mistakes_in_yaml(text: str, words: str, tmp_path: Path, capsys: Capture) -> None:
-    (tmp_path / "my.yaml").write_text(text)
+    (tmp_path / "my.yaml").write_text(text, encoding="latin-1")
     with pytest.raises(SystemExit) as stop:
         run("train", "--config", tmp_path / "my.yaml", "--out", tmp_path / "run")
     assert stop.value.code == 2
@@ -405,6 +408,23 @@ def test_what_the_parser_finds_is_told_in_words(
     error = capsys.readouterr().err
     assert words in error
     assert "liquid-diffusion train --help" in error
+
+
+def test_a_value_that_was_left_empty(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "my.yaml").write_text("steps: 2\nwarmup_steps:\n")
+    assert run("train", "--config", tmp_path / "my.yaml", "--out", tmp_path / "run") == 2
+    assert "warmup_steps is empty" in capsys.readouterr().err
+
+
+def test_names_that_the_terminal_has_no_letters_for(tmp_path: Path) -> None:
+    for name in ("caf\xe9", "tea"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16), "red").save(tmp_path / "photos" / name / "a.png")
+    command = [sys.executable, "-m", "liquid_diffusion", "datasets", "show", "photos", "--out", "grid.png"]
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path, env=ascii_only)
+    assert done.returncode == 0, done.stderr
+    assert "caf\\xe9" in done.stdout
 
 
 def test_a_reader_who_has_seen_enough() -> None:

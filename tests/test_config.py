@@ -15,6 +15,8 @@ from liquid_diffusion.errors import UserError
         (TrainConfig, {"optimizer": "Muon"}, "optimizer must be one of adamw, muon, not 'Muon'"),
         (TrainConfig, {"time_sampling": "normal"}, "time_sampling must be one of logit-normal, uniform"),
         (TrainConfig, {"precision": None}, "precision must be one of auto, fp32, bf16, fp16, not None"),
+        (TrainConfig, {"warmup_steps": None}, "warmup_steps is empty: give it a value, or leave it out"),
+        (TrainConfig, {"data": None}, "data is empty"),
         (EncodeConfig, {"crop": "random"}, "crop must be one of center, pad"),
         (EstimateConfig, {"precision": "fp8"}, "precision must be one of bf16, fp16, fp32"),
         (ShowConfig, {"crop": "middle"}, "crop must be one of"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import io
 import os
 import re
 import shlex
@@ -176,7 +177,14 @@ def _parser() -> ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit code is 0, 2 for what a person can mend, 130 after Ctrl-C, 141 where nobody reads on."""
-    parsed: Namespace = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal has no letters for is no reason to stop
+            stream.reconfigure(errors="backslashreplace")
+    parser = _parser()
+    try:
+        parsed: Namespace = parser.parse_args(argv)
+    except UnicodeDecodeError as error:
+        parser.error(f"a file of --config is not UTF-8: {error}")
     command = parsed.command
     arguments = parsed[command].as_dict()
     files = arguments.pop("config", None) or []

@@ -34,13 +34,18 @@ def _option(default: Any, text: str) -> Any:
 
 
 def _check_choices(config: object) -> None:
-    """What has a few values has one of them; the command line sees to it itself."""
+    """What has to have a value has one, what has a few values one of them; the command line sees to that itself.
+
+    But for values that are left empty in a YAML file, which it passes on.
+    """
     for name, hint in get_type_hints(type(config)).items():
         kinds = [kind for kind in (hint, *get_args(hint)) if get_origin(kind) is Literal]
         choices = [choice for kind in kinds for choice in get_args(kind)]
         value = getattr(config, name)
         if choices and value not in choices and not (value is None and hint not in kinds):
             raise UserError(f"{name} must be one of {', '.join(choices)}, not {value!r}.")
+        if value is None and type(None) not in get_args(hint):
+            raise UserError(f"{name} is empty: give it a value, or leave it out.")
 
 
 def _check_val_fraction(value: float) -> None:
@@ -216,6 +221,7 @@ class SampleConfig:
     nearest: bool = _option(False, "put the nearest training picture beside each sample, so that a copy is seen")
 
     def __post_init__(self) -> None:
+        _check_choices(self)
         _check_sampling(self)
         _check_at_least_one(self, "height", "width")
 
@@ -239,6 +245,7 @@ class EvaluateConfig:
     )
 
     def __post_init__(self) -> None:
+        _check_choices(self)
         _check_sampling(self)
 
 
@@ -308,5 +315,6 @@ class DemoConfig:
     port: int = _option(7860, "port to listen on")
 
     def __post_init__(self) -> None:
+        _check_choices(self)
         if not 0 < self.port < 2**16:
             raise UserError(f"port must lie between 1 and 65535, not {self.port}.")

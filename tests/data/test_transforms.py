@@ -50,6 +50,13 @@ def test_any_picture_becomes_rgb(image: Image.Image, expected: tuple[int, ...]) 
     assert colour(image) == pytest.approx(expected, abs=1)
 
 
+def test_numbers_that_are_no_lightness() -> None:
+    values = np.full((4, 4), 0.5, np.float32)
+    values[1, 1] = np.nan
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        to_rgb(stored(Image.fromarray(values), "TIFF"))
+
+
 def test_exif_orientation_is_applied() -> None:
     exif = Image.Exif()
     exif[274] = 6  # the camera was turned: the picture has to be turned clockwise

@@ -116,6 +116,8 @@ def find_on_hub(data: str) -> HubFiles:
     facts = find_facts(data)
     identifier = data.rsplit("@", maxsplit=1)[-1] if facts is None or "@" in data else facts.hub_id or data
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", identifier) or identifier.startswith("."):
+        if Path(data).expanduser().is_file():
+            raise UserError(f"{data} is one file: give the folder that holds the pictures, or parquet files.")
         raise UserError(
             f"There is no data set and no folder {data!r}; `liquid-diffusion datasets` lists what is known."
         )

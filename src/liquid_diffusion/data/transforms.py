@@ -19,11 +19,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL picture as RGB: turned as its EXIF says, transparency put on white, greyscale and 16 bit converted.
 
     An animation gives its first frame.
+
+    Raises:
+        ValueError: a pixel is not a finite number.
     """
     image = _upright(image)
     if image.mode.startswith(("I", "F")):
         # PIL clips wide integers at 255 when it converts them: a 16-bit picture would come out white
         values = np.asarray(image, dtype=np.float64)
+        if not np.isfinite(values).all():
+            raise ValueError("it holds numbers that are no lightness: NaN or infinity")
         # "I;16" is 16 bits by its name; the range of "I" and "F" has to be guessed from what is there, and what goes to
         # 1 may go a little beyond it where it was resampled
         highest, one = values.max(initial=0), 2 if image.mode.startswith("F") else 1
