@@ -14,8 +14,9 @@ from datasets import Image as ImageFeature
 from datasets.exceptions import DatasetGenerationError
 from hub_sets import build, encoded, number_of, picture, write_parquet
 from little_hub import LittleHub
+from PIL import Image
 
-from liquid_diffusion.data.hub import _in_words
+from liquid_diffusion.data.hub import _in_words, open_local_table
 from liquid_diffusion.data.registry import DATASETS, DatasetFacts, describe, find_facts
 from liquid_diffusion.data.sources import BadPictureError, Source, open_source
 from liquid_diffusion.data.split import split
@@ -176,6 +177,14 @@ def test_a_folder_with_metadata(tmp_path: Path) -> None:
         assert number_of(np.asarray(image).transpose(2, 0, 1)) % 2 == label
     with pytest.raises(UserError, match="no column 'class', only image, text, kind"):
         open_source(str(tmp_path), label_column="class")
+
+
+@pytest.mark.parametrize(("name", "text"), [("metadata.jsonl", ""), ("metadata.csv", "file_name,label\n")])
+def test_metadata_without_rows(name: str, text: str, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match="no rows in the metadata"):
+        open_local_table(str(tmp_path))
 
 
 def test_damaged_files_of_the_hub(little_hub: LittleHub) -> None:

@@ -37,6 +37,7 @@ def colour(image: Image.Image) -> tuple[int, ...]:
         (stored(Image.fromarray(np.full((4, 4), 65535, np.uint16)), "PNG"), (255, 255, 255)),
         (stored(Image.fromarray(np.full((4, 4), 257 * 51, np.uint16)), "PNG"), (51, 51, 51)),
         (stored(Image.fromarray(np.full((4, 4), 200, np.uint16)), "PNG"), (1, 1, 1)),
+        (stored(Image.fromarray(np.full((4, 4), 300, np.uint16)), "PNG", transparency=300), (255, 255, 255)),
         (stored(Image.fromarray(np.full((4, 4), 0.8, np.float32)), "TIFF"), (204, 204, 204)),
         (stored(Image.fromarray(np.full((4, 4), 1.004, np.float32)), "TIFF"), (255, 255, 255)),
         (stored(Image.new("RGB", (4, 4), (10, 20, 30)), "PNG", exif=b"MM\x00garbled"), (10, 20, 30)),

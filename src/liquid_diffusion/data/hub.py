@@ -78,7 +78,10 @@ def open_local_table(data: str) -> Any | None:
         if path.is_dir() and any((path / name).is_file() for name in _METADATA):
             # all files by one pattern: from a folder alone `datasets` guesses splits, by the names of the pictures
             every = str(Path(glob.escape(str(path.absolute()))) / "**")
-            return load_dataset("imagefolder", data_files={"train": [every]}, split="train")
+            try:
+                return load_dataset("imagefolder", data_files={"train": [every]}, split="train")
+            except IndexError as error:  # it looks at the first row of the metadata
+                raise UserError(f"There are no rows in the metadata of {data}.") from error
     return None
 
 

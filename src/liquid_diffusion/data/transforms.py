@@ -26,13 +26,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
     image = _upright(image)
     if image.mode.startswith(("I", "F")):
         # PIL clips wide integers at 255 when it converts them: a 16-bit picture would come out white
-        values = np.asarray(image, dtype=np.float64)
+        values = np.array(image, dtype=np.float64)
         if not np.isfinite(values).all():
             raise ValueError("it holds numbers that are no lightness: NaN or infinity")
         # "I;16" is 16 bits by its name; the range of "I" and "F" has to be guessed from what is there, and what goes to
         # 1 may go a little beyond it where it was resampled
         highest, one = values.max(initial=0), 2 if image.mode.startswith("F") else 1
+        transparent = image.info.get("transparency")  # one lightness; the 8-bit picture to come knows nothing of it
         scale = 65535.0 if image.mode.startswith("I;16") or highest > 255 else 1.0 if highest <= one else 255.0
+        if isinstance(transparent, int):
+            values[values == transparent] = scale
         image = Image.fromarray((values / scale * 255).round().clip(0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
