@@ -336,7 +336,7 @@ def is_worth_it(task: str, batch: int, size: int, device: torch.device) -> bool:
         return batch > 1 and size == 32
     if task == "evaluation, all compiled":
         return device.type == "cuda" and batch > 1
-    if task in ("evaluation in float32", "training step in float32"):
+    if task.endswith("in float32"):
         return device.type == "cpu" and size == 32 and (batch > 1 or task.startswith("evaluation"))
     if task == "sampling with decoder":
         return device.type != "cpu" or (batch, size) == (1, 32)

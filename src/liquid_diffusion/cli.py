@@ -177,9 +177,8 @@ def _parser() -> ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit code is 0, 2 for what a person can mend, 130 after Ctrl-C, 141 where nobody reads on."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal has no letters for is no reason to stop
-            stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal has no letters for is no reason to stop
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = _parser()
     try:
         parsed: Namespace = parser.parse_args(argv)

@@ -33,7 +33,7 @@ def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-def _check_choices(config: object) -> None:
+def _check_values(config: object) -> None:
     """What has to have a value has one, what has a few values one of them; the command line sees to that itself.
 
     But for values that are left empty in a YAML file, which it passes on.
@@ -114,7 +114,7 @@ class TrainConfig:
     hub_private: bool = _option(False, "a new repository on the Hub is private")
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        _check_values(self)
         _check_at_least_one(self, "image_size", "steps", "batch_size", "gradient_accumulation")
         _check_at_least_one(self, "checkpoint_every", "sample_every", "log_every")
         for name in ("cooldown", "label_dropout", "ema_decay"):
@@ -192,7 +192,7 @@ class EncodeConfig:
     workers: int = _option(2, "processes that read pictures")
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        _check_values(self)
         _check_at_least_one(self, "image_size", "batch_size")
         if self.workers < 0:
             raise UserError("workers can't be below 0.")
@@ -221,7 +221,7 @@ class SampleConfig:
     nearest: bool = _option(False, "put the nearest training picture beside each sample, so that a copy is seen")
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        _check_values(self)
         _check_sampling(self)
         _check_at_least_one(self, "height", "width")
 
@@ -245,7 +245,7 @@ class EvaluateConfig:
     )
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        _check_values(self)
         _check_sampling(self)
 
 
@@ -265,7 +265,7 @@ class EstimateConfig:
     gpu_memory: float | None = _option(None, "GiB of a card, whose largest batch is asked for")
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        _check_values(self)
         _check_at_least_one(self, "image_size", "batch_size")
         if self.num_classes < 0:
             raise UserError(f"num_classes can't be below 0, not even {self.num_classes}.")
@@ -290,7 +290,7 @@ class ShowConfig:
     seed: int = _option(0, "of the order, the crops and the mirroring")
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        _check_values(self)
         _check_at_least_one(self, "image_size")
         _check_seed(self.seed)
 
@@ -304,7 +304,7 @@ class ExportConfig:
     private: bool = _option(False, "a new repository on the Hub is private")
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        _check_values(self)
 
 
 @dataclass(frozen=True)
@@ -315,6 +315,6 @@ class DemoConfig:
     port: int = _option(7860, "port to listen on")
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        _check_values(self)
         if not 0 < self.port < 2**16:
             raise UserError(f"port must lie between 1 and 65535, not {self.port}.")
