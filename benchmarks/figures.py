@@ -19,6 +19,7 @@ RESULTS = Path(__file__).parent / "results"
 QUALITY = RESULTS / "quality.csv"
 STEP_TIMES = RESULTS / "step-time.csv"
 CAUSAL = RESULTS / "causal.csv"
+PATH = RESULTS / "along-the-path.csv"
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "ablations.md"
 FORMER = {  # by the words before the names of the tables: where the rows of a model of before are, and its page
     "without positions": (
@@ -268,6 +269,29 @@ def causal_table(rows: list[Row]) -> str:
     return f"{what}, Euler where nothing else is said:\n\n{table}"
 
 
+def path_tables(rows: list[Row]) -> dict[str, str]:
+    """Losses at single times, and distances of pictures that one model begins and another one ends."""
+    if not rows:
+        return {"losses along the path": NOT_YET, "pictures handed over": NOT_YET}
+    first = rows[0]
+    seeds = len({row["seed"] for row in rows})
+    what = f"{first['images']} images each, {seeds} seed{'s' if seeds > 1 else ''}"
+    losses, drawn = [row for row in rows if row["time"]], [row for row in rows if row["kd"]]
+    times = sorted({row["time"] for row in losses}, key=float)
+    found = {key: [float(row["loss"]) for row in some] for key, some in _group(losses, "model", "time").items()}
+    least = {time: min(statistics.mean(some) for (_, at), some in found.items() if at == time) for time in times}
+    lines = []
+    for (model,) in _group(losses, "model"):
+        means = {time: statistics.mean(found[model, time]) for time in times}
+        lines.append([model, *(f"**{m:.3f}**" if m == least[time] else f"{m:.3f}" for time, m in means.items())])
+    distances = [(*mean_and_error(some), model) for (model,), some in _group(drawn, "model").items()]
+    ordered = [[model, f"{value:.3f} ± {error:.3f}"] for value, error, model in sorted(distances)]
+    return {
+        "losses along the path": f"{what}:\n\n{markdown(['loss at', *times], lines)}",
+        "pictures handed over": f"{what}:\n\n{markdown(['drawn by', 'KD'], ordered)}",
+    }
+
+
 def write_tables(tables: dict[str, str], document: Path = DOCUMENT) -> None:
     """Put each table between its two comments.
 
@@ -398,6 +422,11 @@ def draw_causal() -> None:
     _save(figure, axes, "causal", "steps", "kernel distance to held-out pictures")
 
 
+def draw_path() -> None:
+    """The tables of what the models do along the path."""
+    write_tables(path_tables(read_rows(PATH)))
+
+
 def main() -> None:
     draw_quality()
     for words, (path, document) in FORMER.items():
@@ -407,6 +436,7 @@ def main() -> None:
             tables["optimisers"] = optimisers
         write_tables({f"{words} {name}": table for name, table in tables.items()}, document)
     draw_causal()
+    draw_path()
 
 
 if __name__ == "__main__":

@@ -127,7 +127,8 @@ class Comparison:
             self.real = CachedFeatures(self.extractor, self.device).of(self.reference)
             self.labels = labels_of(self.reference)
 
-    def _budget(self, name: str) -> Budget:
+    def budget(self, name: str) -> Budget:
+        """What a model may spend."""
         options = self.options
         if options.images is not None:
             return Budget(options.images, "images", options.clock)
@@ -135,11 +136,16 @@ class Comparison:
             options.seconds, "s", options.clock, step_seconds(name, options) if options.clock == "table" else 0.0
         )
 
-    def _training(self, name: str, seed: int, lr: float) -> Training:
-        torch.manual_seed(seed)
+    def build(self, name: str) -> nn.Module:
+        """A model for these pictures, on the device."""
         side, classes = self.options.size // self.codec.factor, len(self.train.label_names)
         model = build(name, self.options.preset, self.codec.channels, classes, side)
-        model = model.to(self.device, memory_format=torch.preserve_format if "DiT" in name else torch.channels_last)
+        return model.to(self.device, memory_format=torch.preserve_format if "DiT" in name else torch.channels_last)
+
+    def training(self, name: str, seed: int, lr: float) -> Training:
+        """One that has not begun; its seed is that of the weights too."""
+        torch.manual_seed(seed)
+        model = self.build(name)
         ablation = ABLATIONS[name if name in ABLATIONS else OURS]
         shift = ablation.time_shift * self.options.time_shift
         how = (lr, seed, ablation.times, shift, self.options.optimizer)
@@ -152,7 +158,7 @@ class Comparison:
         divided by (their median where they differ).
         """
         torch._dynamo.config.recompile_limit = 8 * len(names)  # models that share a block's code share its limit
-        trainings = {name: self._training(name, 0, LEARNING_RATES[self.options.optimizer][0]) for name in names}
+        trainings = {name: self.training(name, 0, LEARNING_RATES[self.options.optimizer][0]) for name in names}
         for training in trainings.values():
             training.model.train()
             training.warm_up()
@@ -192,13 +198,13 @@ class Comparison:
         }
 
     def run(self, name: str, seed: int, lr: float) -> None:
-        budget = self._budget(name)
+        budget = self.budget(name)
         facts = self._facts(name, seed, lr, budget)
         done = [row for row in read_rows(QUALITY) if all(row[key] == str(value) for key, value in facts.items())]
         if any(row["kd"] or not self.draws for row in done):
             print(f"{name}, seed {seed}, lr {lr:g}: is there already", flush=True)
             return
-        training = self._training(name, seed, lr)
+        training = self.training(name, seed, lr)
         model, side = training.model, self.options.size // self.codec.factor
         facts |= {
             "parameters": sum(parameter.numel() for parameter in model.parameters()),

@@ -416,6 +416,22 @@ def test_a_value_that_was_left_empty(tmp_path: Path, capsys: Capture) -> None:
     assert "warmup_steps is empty" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("label: 1\n", "--label must be text, in quotes where YAML would read something else, not 1."),
+        ("# label: cat\n", "a file of --config holds no option"),
+        ("", "a file of --config holds no option"),
+    ],
+)
+def test_a_config_that_says_something_else_or_nothing(text: str, words: str, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "my.yaml").write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        run("sample", "--config", tmp_path / "my.yaml")
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+
+
 def test_names_that_the_terminal_has_no_letters_for(tmp_path: Path) -> None:
     for name in ("caf\xe9", "tea"):
         (tmp_path / "photos" / name).mkdir(parents=True)

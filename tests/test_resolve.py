@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from liquid_diffusion.config import EncodeConfig, TrainConfig
+from liquid_diffusion.data.sources import same_setting
 from liquid_diffusion.resolve import resolve, resolve_encoding
 
 
@@ -39,7 +40,7 @@ def test_blocks_are_compiled_where_it_pays(changes: dict[str, Any], device: str,
         ({"image_size": 256, "crop": "random"}, False),
         ({"image_size": 256, "streaming": True}, False),
         ({"image_size": 256, "cache_latents": False}, False),
-        ({"image_size": 256, "cache_latents": "there"}, "there"),
+        ({"image_size": 256, "cache_latents": "there"}, str(Path("there").absolute())),
     ],
 )
 def test_latents_are_encoded_once_where_they_can_be(changes: dict[str, Any], expected: bool | str) -> None:
@@ -58,6 +59,25 @@ def test_what_lies_here_is_found_from_any_folder(tmp_path: Path, monkeypatch: py
     ):
         assert resolve(TrainConfig(data=said), "cpu").data == str(expected)
         assert resolve_encoding(EncodeConfig(data=said)).data == str(expected)
+
+
+def test_an_autoencoder_here_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("vae", "taesd"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for said, expected in (
+        ("vae", tmp_path / "vae"),
+        ("./vae/", tmp_path / "vae"),
+        ("~/vae", tmp_path / "vae"),
+        ("taesd", "taesd"),  # a name, whatever lies here
+        ("someone/vae", "someone/vae"),  # an id of the Hub
+    ):
+        assert resolve(TrainConfig(codec=said), "cpu").codec == str(expected)
+        assert resolve_encoding(EncodeConfig(codec=said)).codec == str(expected)
+        assert same_setting("codec", said, str(expected))  # of a run of before, whose was kept as it was typed
+    assert not same_setting("codec", "vae", "someone/vae")
+    assert resolve(TrainConfig(cache_latents="~/latents"), "cpu").cache_latents == str(tmp_path / "latents")
 
 
 @pytest.mark.parametrize(
@@ -96,7 +116,7 @@ def test_runs_of_tables_have_their_names(tmp_path: Path) -> None:
 def test_what_was_said_stays() -> None:
     said = TrainConfig(
         image_size=64, codec="taesd", model="base", steps=7, batch_size=3, flip=True, out="x", lr=0.5, compile=True,
-        cache_latents="there", optimizer="muon",
+        cache_latents="/there", optimizer="muon",
     )  # fmt: skip
     config = resolve(said, "cpu")
     for name, value in vars(said).items():

@@ -116,7 +116,12 @@ class _Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
         return (action.help or "") + ("" if silent else f" ({action.default})")
 
 
-_KINDS = (("int", "a whole number"), ("float", "a number"), ("bool", "true or false"))
+_KINDS = (
+    ("int", "a whole number"),
+    ("float", "a number"),
+    ("bool", "true or false"),
+    ("str", "text, in quotes where YAML would read something else"),
+)
 
 
 def _in_words(mistake: str, options: Sequence[str]) -> str:
@@ -128,6 +133,8 @@ def _in_words(mistake: str, options: Sequence[str]) -> str:
             kinds.append("one of " + choices[1].replace("'", ""))
         if kinds:
             return f"--{match[1].replace('_', '-')} must be {' or '.join(kinds)}, not {match[2]}."
+    if re.match(r"Unexpected config: (#|$)", mistake):
+        return "a file of --config holds no option"
     if match := re.match(r"unrecognized arguments: (--[\w-]+)", mistake):
         near = difflib.get_close_matches(match[1], options, n=1)
         return f"There is no option {match[1]}{f'; did you mean {near[0]}?' if near else '.'}"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from numbers import Integral, Real
+from os import PathLike, fspath
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from liquid_diffusion.errors import UserError
 
@@ -33,19 +36,37 @@ def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+_KINDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+
+
+def _plain(value: Any) -> Any:
+    """A path as text, numpy's number as Python's: what a YAML file can hold."""
+    if isinstance(value, PathLike):
+        return fspath(value)
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else value
+
+
 def _check_values(config: object) -> None:
-    """What has to have a value has one, what has a few values one of them; the command line sees to that itself.
+    """Each value is of its option's kind, or one of the few that it can have; the command line sees to that itself.
 
     But for values that are left empty in a YAML file, which it passes on.
     """
     for name, hint in get_type_hints(type(config)).items():
-        kinds = [kind for kind in (hint, *get_args(hint)) if get_origin(kind) is Literal]
-        choices = [choice for kind in kinds for choice in get_args(kind)]
-        value = getattr(config, name)
-        if choices and value not in choices and not (value is None and hint not in kinds):
+        kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
+        value = _plain(getattr(config, name))
+        object.__setattr__(config, name, value)
+        if value is None and type(None) in kinds:
+            continue
+        if choices and value not in choices:
             raise UserError(f"{name} must be one of {', '.join(choices)}, not {value!r}.")
-        if value is None and type(None) not in get_args(hint):
+        if value is None:
             raise UserError(f"{name} is empty: give it a value, or leave it out.")
+        words = [words for kind, words in _KINDS.items() if kind in kinds]
+        if words and not (type(value) in kinds or (type(value) is int and float in kinds)):
+            raise UserError(f"{name} must be {' or '.join(words)}, not {value!r}.")
 
 
 def _check_val_fraction(value: float) -> None:

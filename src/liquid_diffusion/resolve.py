@@ -12,7 +12,8 @@ from liquid_diffusion.config import EncodeConfig, EstimateConfig, RunConfig, Tra
 from liquid_diffusion.errors import UserError
 from liquid_diffusion.presets import preset
 
-FACTORS = {"pixels": 2, "sd-vae": 8}  # pixels a side for one latent, of the codecs known by name before they are made
+CODECS = ("pixels", "sd-vae", "taesd")  # by name
+FACTORS = {"pixels": 2, "sd-vae": 8}  # pixels a side for one latent, of those of which it is known before they are made
 # nano saves 50 ms in each on two cores, where compiling takes 40 s; tiny, with the block of before, 60 ms on an H100,
 # where it took 36
 _STEPS_TO_COMPILE_FOR = 1000
@@ -50,7 +51,7 @@ def resolve(config: TrainConfig, device: str) -> RunConfig:
     cpu = device == "cpu"
     emoji = config.data == "emoji"
     image_size = config.image_size or ((32 if cpu else 64) if emoji else (64 if cpu else 256))
-    codec = config.codec or _codec(image_size)
+    codec = place_of_codec(config.codec) if config.codec else _codec(image_size)
     model = config.model or ("nano" if cpu else "tiny")
     preset(model)
     # far better pictures of as many images (docs/ablations.md, Optimisers); not tried with the larger ones
@@ -70,9 +71,7 @@ def resolve(config: TrainConfig, device: str) -> RunConfig:
         "compile": device in ("cpu", "cuda") and steps >= _STEPS_TO_COMPILE_FOR and not config.buckets
         if config.compile is None
         else config.compile,
-        "cache_latents": codec != "pixels" and config.crop != "random" and not config.streaming
-        if config.cache_latents is None
-        else config.cache_latents,
+        "cache_latents": _cache(config, codec),
         "flip": _flip(config.data, config.flip),
     }
     return RunConfig(**{**asdict(config), **decided})
@@ -90,6 +89,20 @@ def _place(data: str) -> str:
     """A folder, file or pattern of files of this machine by its whole path, so that it is found from any folder."""
     path = Path(data).expanduser()
     return str(path.resolve()) if data != "emoji" and (path.exists() or glob.has_magic(data)) else data
+
+
+def place_of_codec(codec: str) -> str:
+    """An autoencoder's folder of this machine by its whole path; a name or a Hub id as it is."""
+    path = Path(codec).expanduser()
+    return str(path.resolve()) if codec not in CODECS and path.is_dir() else codec
+
+
+def _cache(config: TrainConfig, codec: str) -> bool | str:
+    if config.cache_latents is None:
+        return codec != "pixels" and config.crop != "random" and not config.streaming
+    if isinstance(config.cache_latents, str):
+        return str(Path(config.cache_latents).expanduser().resolve())
+    return config.cache_latents
 
 
 def _flip(data: str, wanted: bool | None) -> bool:
@@ -112,7 +125,8 @@ def _name(data: str) -> str:
 def resolve_encoding(config: EncodeConfig) -> EncodeConfig:
     """An encoding in which nothing is left open."""
     out = config.out or f"latents/{_name(config.data)}-{config.image_size}"
-    return replace(config, data=_place(config.data), out=out, flip=_flip(config.data, config.flip))
+    data, codec, flip = _place(config.data), place_of_codec(config.codec), _flip(config.data, config.flip)
+    return replace(config, data=data, codec=codec, out=out, flip=flip)
 
 
 def resolve_estimate(config: EstimateConfig) -> EstimateConfig:

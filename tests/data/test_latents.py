@@ -62,6 +62,7 @@ def test_an_epoch_is_the_pictures_own(folder: Path, run: Run) -> None:
     assert (len(latents), latents.label_names) == (24, ["cat", "dog"])
     assert latents.groups == pictures.groups
     assert latents.usual_shape == (16, 16)
+    assert latents.classes_met == pictures.classes_met == {0, 1}
     for epoch, index in itertools.product(range(4), range(24)):
         item, picture = latents[epoch, index], pictures[epoch, index]
         assert item["label"] == picture["label"]

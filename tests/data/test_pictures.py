@@ -7,10 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
+from liquid_diffusion.config import TrainConfig
 from liquid_diffusion.data import pictures
+from liquid_diffusion.data.feed import describe
 from liquid_diffusion.data.pictures import BucketedBatches, PictureDataset, ShuffledBatches, collate
 from liquid_diffusion.data.sources import open_source
 from liquid_diffusion.errors import UserError
+from liquid_diffusion.resolve import resolve
 
 
 def take(batches: ShuffledBatches | BucketedBatches, count: int) -> list[list[tuple[int, int]]]:
@@ -114,6 +117,20 @@ def test_flips_are_half_and_differ_between_epochs(photos: Path) -> None:
     assert torch.equal(dataset.picture(0)["image"], dataset.picture(0)["image"])
     again = PictureDataset(open_source(str(photos)), 32, flip=True, seed=3)
     assert all(torch.equal(dataset[e, 5]["image"], again[e, 5]["image"]) for e in range(20))
+
+
+def test_a_class_without_a_picture_to_train_on_is_told(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where all of its few pictures are held out; nobody knows where the pictures are not read before."""
+    source = open_source(str(photos))
+    dogs = [i for i in range(len(source)) if "dog" in source.name(i)]
+    run = resolve(TrainConfig(data=str(photos), image_size=16), "cpu")
+    feed = PictureDataset(source, 16, indices=dogs)
+    assert feed.classes_met == {1}
+    assert describe(feed, run, 12) == ("12 pictures in 2 classes (cat, dog), of cat none, of 16 px (12 more held out)")
+    monkeypatch.setattr(pictures, "IN_MEMORY_BYTES", 0)
+    unread = PictureDataset(source, 16, indices=dogs)
+    assert unread.classes_met is None
+    assert describe(unread, run, 12) == "12 pictures in 2 classes (cat, dog) of 16 px (12 more held out)"
 
 
 def test_spread_takes_equal_distances(photos: Path) -> None:

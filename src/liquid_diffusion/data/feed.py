@@ -103,6 +103,10 @@ def describe(feed: Feed, run: RunConfig, held_out: int | None) -> str:
         more = f", ... {names[-1]}" if len(names) > _NAMES_TOLD else ""
         classes = f" in {len(names)} classes ({', '.join(names[:_NAMES_TOLD])}{more})"
     streamed = isinstance(feed, PictureStream)
+    met = None if isinstance(feed, PictureStream) else feed.classes_met
+    if met is not None and (never := [name for number, name in enumerate(names) if number not in met]):
+        more = f" and {len(never) - _NAMES_TOLD} more" if len(never) > _NAMES_TOLD else ""
+        classes += f", of {', '.join(never[:_NAMES_TOLD])}{more} none,"
     shapes = f" in {len(feed.groups)} shapes" if run.buckets and not isinstance(feed, PictureStream) else ""
     share = f"{run.val_fraction:.0%} of them" if held_out is None else f"{held_out} more"
     besides = f" ({share} held out)" if run.val_fraction else ""

@@ -85,6 +85,12 @@ class LatentDataset(Dataset[Item]):
         return list(groups.items())
 
     @property
+    def classes_met(self) -> set[int]:
+        """The classes that have a picture in this set."""
+        labels = [self._shard(number)["label"] for number in range(len(self._shards))]
+        return set(torch.cat(labels).tolist())
+
+    @property
     def usual_shape(self) -> Shape:
         """The shape of most pictures."""
         return max(self.groups, key=lambda group: len(group[1]))[0]

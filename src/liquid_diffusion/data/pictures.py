@@ -104,6 +104,11 @@ class PictureDataset(PictureFeed, Dataset[Item]):
         return list(self.source.label_names)
 
     @property
+    def classes_met(self) -> set[int] | None:
+        """The classes that have a picture in this set; None where that would take reading all of them."""
+        return None if self._decoded is None else {label for _, label in self._decoded}
+
+    @property
     def total(self) -> int:
         """Pictures in the source, those held out and the bad ones included."""
         return len(self.source)

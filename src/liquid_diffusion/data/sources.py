@@ -16,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from liquid_diffusion.data.registry import DatasetFacts, find_facts
 from liquid_diffusion.data.transforms import Shape, to_rgb
 from liquid_diffusion.errors import UserError
+from liquid_diffusion.resolve import place_of_codec
 
 if TYPE_CHECKING:
     from liquid_diffusion.data.shards import Shards
@@ -277,7 +278,9 @@ def same_place(before: str, now: str) -> bool:
 
 
 def same_setting(name: str, before: Any, now: Any) -> bool:
-    """Whether an option has the value that it had; of --data, whether it can mean the same pictures."""
+    """Whether an option has the value that it had; of --data and --codec, whether it can mean the same."""
+    if name == "codec":  # which was once kept as it was typed
+        return place_of_codec(before) == place_of_codec(now)
     return same_place(before, now) if name == "data" else bool(before == now)
 
 
