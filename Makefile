@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/quickstart
 
-.PHONY: quickstart test lint docs liquid-figures bench bench-convolutions bench-data bench-memory bench-precision bench-gpu gpu-training package quality ablations times causal figures ship bench-installed install clean
+.PHONY: quickstart test lint docs liquid-figures bench bench-convolutions bench-data bench-memory bench-precision bench-gpu gpu-training package quality ablations times causal along-the-path figures ship bench-installed install clean
 
 quickstart: install  ## train on the emoji, draw pictures, and show the nearest training picture of each
 	$(BIN)/liquid-diffusion train --out $(RUN)
@@ -93,6 +93,9 @@ times: bench-installed  ## training times nearer to noise: on the split for choi
 	      --out benchmarks/results/time-shift/$$steps-steps-shift-$$shift.json; \
 	  done; \
 	done
+
+along-the-path: bench-installed  ## where on the way from noise to a picture our model and the DiT differ; after quality; DATA=folder of emoji64x3
+	$(BIN)/python benchmarks/along_the_path.py --seeds $(SEEDS) $(if $(DATA),--data $(DATA))
 
 causal: bench-installed  ## the packaged model with its liquid layers disturbed
 	$(BIN)/python benchmarks/causal.py

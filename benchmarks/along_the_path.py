@@ -77,7 +77,9 @@ class Paths:
         comparison, models, rows = self.comparison, {}, []
         shared = {"threads": self.options.threads, "images": self.options.images, "seed": seed}
         for name in (OURS, THEIRS):
-            rate = best_learning_rate(read_rows(QUALITY), name, {key: getattr(self.options, key) for key in CHOSEN_FOR})
+            rate = best_learning_rate(
+                read_rows(QUALITY), name, {key: str(getattr(self.options, key)) for key in CHOSEN_FOR}
+            )
             if rate is None:
                 raise SystemExit(f"No learning rate was chosen for {name}: run quality.py with --split tune first.")
             training = comparison.training(name, seed, float(rate))
