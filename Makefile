@@ -25,8 +25,9 @@ bench: bench-installed  ## speed beside peers of equal parameters, profile and r
 	$(BIN)/python benchmarks/roofline.py
 	$(BIN)/python benchmarks/performance_tables.py
 
-bench-convolutions: install  ## our depthwise and 1x1 convolutions beside the library's
+bench-convolutions: bench-installed  ## our depthwise and 1x1 convolutions beside the library's
 	$(BIN)/python benchmarks/convolutions.py
+	$(BIN)/python benchmarks/performance_tables.py
 
 bench-precision: bench-installed  ## what bfloat16 gains over float32 on this machine
 	$(BIN)/python benchmarks/precision.py

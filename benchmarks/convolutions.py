@@ -1,17 +1,22 @@
 """The convolutions that a CPU trains in a way of ours, beside the library's own: the 7x7 depthwise one of
 `liquid_diffusion.models.depthwise`, and the 1x1 one of few pixels, which is a matrix product.
 
-Interleaved in one run, median of 15, milliseconds: python benchmarks/convolutions.py
+Interleaved in one run, median of 15, milliseconds; it writes benchmarks/results/convolutions.csv:
+
+    python benchmarks/convolutions.py
 """
 
 from __future__ import annotations
 
+import csv
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from performance_tables import CONVOLUTIONS
+from speed import machine
 from torch import Tensor
 
 from liquid_diffusion.models.depthwise import _weight_gradient, _weight_gradient_in_strips, depthwise_conv
@@ -64,18 +69,40 @@ def pointwise(batch: int, channels: int, out: int, side: int, dtype: torch.dtype
     return milliseconds([step(layer, x), step(lambda x: F.conv2d(x, layer.weight, layer.bias), x)])
 
 
-def main() -> None:
-    print(f"{'shape':22}{'dtype':10}{'weight gradient: ours':>24}{'library':>10}{'step: ours':>14}{'library':>10}")
-    for shape in DEPTHWISE:
-        for dtype in (torch.float32, torch.bfloat16):
-            ours, library, our_step, library_step = depthwise(shape, dtype)
-            name = str(dtype).removeprefix("torch.")
-            print(f"{shape!s:22}{name:10}{ours:24.2f}{library:10.2f}{our_step:14.2f}{library_step:10.2f}")
-    print(f"\n{'batch, in, out, side':22}{'dtype':10}{'step: ours':>14}{'library':>10}")
+def measure(dtype: torch.dtype) -> list[dict[str, str]]:
+    """A row for each convolution and each of its passes that was measured."""
+    rows = []
+
+    def note(kind: str, passes: str, shape: tuple[int, ...], ours: float, library: float) -> None:
+        batch, channels, *out, side = shape
+        rows.append(
+            {
+                "machine": machine(torch.device("cpu")),
+                "dtype": str(dtype).removeprefix("torch."),
+                "convolution": kind,
+                "passes": passes,
+                "shape": f"{batch} x {channels} x {side} x {side}" + "".join(f" to {some}" for some in out),
+                "ours_ms": f"{ours:.2f}",
+                "library_ms": f"{library:.2f}",
+            }
+        )
+        print(*rows[-1].values(), sep="  ", flush=True)
+
+    for batch, channels, height, _ in DEPTHWISE:
+        gradient, library_gradient, ours, library = depthwise((batch, channels, height, height), dtype)
+        note("depthwise 7x7", "weight gradient", (batch, channels, height), gradient, library_gradient)
+        note("depthwise 7x7", "forward and backward", (batch, channels, height), ours, library)
     for case in POINTWISE:
-        for dtype in (torch.float32, torch.bfloat16):
-            our_step, library_step = pointwise(*case, dtype)
-            print(f"{case!s:22}{str(dtype).removeprefix('torch.'):10}{our_step:14.2f}{library_step:10.2f}")
+        note("1x1", "forward and backward", case, *pointwise(*case, dtype))
+    return rows
+
+
+def main() -> None:
+    rows = [row for dtype in (torch.float32, torch.bfloat16) for row in measure(dtype)]
+    with CONVOLUTIONS.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 if __name__ == "__main__":

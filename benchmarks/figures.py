@@ -19,6 +19,7 @@ RESULTS = Path(__file__).parent / "results"
 QUALITY = RESULTS / "quality.csv"
 STEP_TIMES = RESULTS / "step-time.csv"
 CAUSAL = RESULTS / "causal.csv"
+OVER_TIME = RESULTS / "liquid-over-time.csv"
 PATH = RESULTS / "along-the-path.csv"
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "ablations.md"
 FORMER = {  # by the words before the names of the tables: where the rows of a model of before are, and its page
@@ -422,6 +423,19 @@ def draw_causal() -> None:
     _save(figure, axes, "causal", "steps", "kernel distance to held-out pictures")
 
 
+def draw_over_time() -> None:
+    """The table of what a trained model's liquid layers do over the time."""
+    lines = []
+    for (block,), some in _group(read_rows(OVER_TIME), "block").items():
+        cells = []
+        for row in some:  # alpha, gate
+            low, middle, high, moves, gains = (float(row[name]) for name in ("low", "median", "high", "moves", "gains"))
+            cells += [f"{low:.2f}, **{middle:.2f}**, {high:.2f}", f"{moves:.2f}", f"{gains:+.2f}"]
+        lines.append([block, *cells])
+    table = markdown(["block", "alpha", "moves", "gains", "gate", "moves", "gains"], lines)
+    write_tables({"liquid over time": table}, DOCUMENT.with_name("liquid-block.md"))
+
+
 def draw_path() -> None:
     """The tables of what the models do along the path."""
     write_tables(path_tables(read_rows(PATH)))
@@ -437,6 +451,7 @@ def main() -> None:
         write_tables({f"{words} {name}": table for name, table in tables.items()}, document)
     draw_causal()
     draw_path()
+    draw_over_time()
 
 
 if __name__ == "__main__":

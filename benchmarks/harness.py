@@ -26,7 +26,7 @@ from liquid_diffusion.training.recording import RecordedGradients
 
 _RUN = TrainConfig()  # whose defaults all models are trained with
 _BATCH = 64
-_WARM_UP = 25  # steps; the trainer's 100 would be a quarter of what the slowest peer gets in ten minutes
+_WARM_UP = 25  # steps; the trainer's 100 would be most of what the slowest peer gets in three minutes
 _FIT_PICTURES = 256
 _BATCH_OF_A_GPU = 256  # drawn at once
 

@@ -9,11 +9,13 @@ on noised pictures that the model drew itself, which needs no data set.
 from __future__ import annotations
 
 import argparse
+import csv
 from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib as mpl
 import torch
+from figures import OVER_TIME, draw_over_time
 from torch import Tensor
 
 from liquid_diffusion.flow import interpolate
@@ -107,6 +109,27 @@ def draw(panels: dict[str, Tensor], times: Tensor, symbol: str, path: Path) -> N
     plt.close(figure)
 
 
+def write_table(found: dict[str, tuple[Tensor, Tensor]]) -> None:
+    """What the panels show as a row for each, and the table of the page.
+
+    Over the channels of a block: the tenth, the median and the last tenth of their means over t, and the median of what
+    lies between a channel's least and greatest value over t, and of what it gains from t = 0 to t = 1.
+    """
+    rows = []
+    for block, panels in found.items():
+        for symbol, values in zip(("alpha", "gate"), panels, strict=True):  # (times, channels)
+            low, middle, high = torch.quantile(values.mean(0), torch.tensor([0.1, 0.5, 0.9])).tolist()
+            moves = (values.amax(0) - values.amin(0)).median().item()
+            gains = (values[-1] - values[0]).median().item()
+            facts = {"low": low, "median": middle, "high": high, "moves": moves, "gains": gains}
+            rows.append({"block": block, "what": symbol} | {name: f"{value:.3f}" for name, value in facts.items()})
+    with OVER_TIME.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    draw_over_time()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", help="run folder, pipeline folder or Hub id (default: the packaged model)")
@@ -118,10 +141,8 @@ def main() -> None:
     found = curves(pipeline, times)
     draw({name: alpha for name, (alpha, _) in found.items()}, times, "alpha", arguments.out / "liquid-alpha.png")
     draw({name: gate for name, (_, gate) in found.items()}, times, "gate", arguments.out / "liquid-gate.png")
-    print("median over channels: the mean over t, and by how much it moves between its least and its most")
-    for name, (alpha, gate) in found.items():
-        words = [f"{v.mean(0).median():.2f} moves {(v.amax(0) - v.amin(0)).median():.2f}" for v in (alpha, gate)]
-        print(f"{name:19}  alpha {words[0]}   gate {words[1]}")
+    if arguments.run is None:  # of which docs/liquid-block.md tells
+        write_table(found)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from speed import EACH, FORMER, OURS, of_last_processor
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
 FORMER_DOCUMENT = DOCUMENT.with_name("performance-pooling-gate.md")
+CONVOLUTIONS = RESULTS / "convolutions.csv"
 Case = tuple[str, str, str, str]  # task, preset, batch, latent
 
 
@@ -174,6 +175,18 @@ def precision_table(rows: list[Row]) -> str:
     return markdown(["machine", "", "float32, ms", "bfloat16, ms", "gain"], lines) if rows else NOT_YET
 
 
+def convolution_table(rows: list[Row]) -> str:
+    """Our convolutions beside the library's."""
+    if not rows:
+        return NOT_YET
+    lines = []
+    for row in rows:
+        ratio = float(row["library_ms"]) / float(row["ours_ms"])
+        what = [row["convolution"], row["shape"], row["passes"], row["dtype"]]
+        lines.append([*what, row["ours_ms"], f"{row['library_ms']}, **{ratio:.1f} x**"])
+    return markdown(["convolution", "shape", "", "", "ours, ms", "the library's"], lines)
+
+
 def reading_table(rows: list[Row]) -> str:
     """Where pictures come from, how fast, and how long a training step waits for them."""
     lines = [
@@ -204,6 +217,7 @@ def main() -> None:
     tables["memory"] = memory_table(read_rows(RESULTS / "memory.csv"))
     tables["precision"] = precision_table(read_rows(RESULTS / "precision.csv"))
     tables["reading"] = reading_table(read_rows(RESULTS / "data.csv"))
+    tables["convolutions"] = convolution_table(read_rows(CONVOLUTIONS))
     write_tables(tables, DOCUMENT)
     write_tables(processor_tables(FORMER), FORMER_DOCUMENT)
 
