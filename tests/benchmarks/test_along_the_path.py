@@ -28,6 +28,7 @@ def test_the_loss_at_a_time(time: float) -> None:
     assert loss_at(Multiple(2 / time), x0, labels, time) == pytest.approx(1.0, abs=0.02)
 
 
+@torch.no_grad()
 def test_one_model_begins_and_the_other_ends() -> None:
     both = HandedOver(Multiple(1.0), Multiple(3.0), 0.9)
     x, labels = torch.ones(2, 1, 1, 1), torch.zeros(2, dtype=torch.long)
