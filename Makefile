@@ -49,8 +49,9 @@ bench-data: install  ## pictures a second from files, parquet, a stream and cach
 	$(BIN)/python benchmarks/data.py
 	$(BIN)/python benchmarks/performance_tables.py
 
-bench-gpu: bench-installed  ## equality, precision, memory, kernels and speed on a CUDA card
+bench-gpu: bench-installed  ## equality, precision, memory, kernels and speed on a CUDA card; DATA=folder of emoji64x3
 	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python benchmarks/quality.py --preset tiny --size 64 --optimizer muon --measure 14 $(if $(DATA),--data $(DATA))
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/profile_step.py
 	$(BIN)/python benchmarks/performance_tables.py
