@@ -19,6 +19,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
 from liquid_diffusion import __version__
 from liquid_diffusion.config import (
+    KINDS,
     DemoConfig,
     EncodeConfig,
     EstimateConfig,
@@ -116,19 +117,14 @@ class _Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
         return (action.help or "") + ("" if silent else f" ({action.default})")
 
 
-_KINDS = (
-    ("int", "a whole number"),
-    ("float", "a number"),
-    ("bool", "true or false"),
-    ("str", "text, in quotes where YAML would read something else"),
-)
+_KINDS = KINDS | {str: f"{KINDS[str]}, in quotes where YAML would read something else"}
 
 
 def _in_words(mistake: str, options: Sequence[str]) -> str:
     """What jsonargparse says of a value of the wrong type, in its terms and many lines, or of an unknown option."""
     if match := re.match(r"Parser key \"(\w+)\":.*(?:Given|Got) value: (.*)", mistake, re.DOTALL):
         expected = mistake.partition("Given value type")[0]
-        kinds = [words for kind, words in _KINDS if f"<class '{kind}'>" in expected]
+        kinds = [words for kind, words in _KINDS.items() if f"<class '{kind.__name__}'>" in expected]
         if choices := re.search(r"Literal\[(.*?)\]", mistake):
             kinds.append("one of " + choices[1].replace("'", ""))
         if kinds:

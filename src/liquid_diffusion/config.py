@@ -36,7 +36,7 @@ def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-_KINDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+KINDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
 def _plain(value: Any) -> Any:
@@ -57,14 +57,14 @@ def _check_values(config: object) -> None:
         kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         choices = [choice for kind in kinds if get_origin(kind) is Literal for choice in get_args(kind)]
         value = _plain(getattr(config, name))
-        object.__setattr__(config, name, value)
+        object.__setattr__(config, name, value)  # of a frozen dataclass
         if value is None and type(None) in kinds:
             continue
         if choices and value not in choices:
             raise UserError(f"{name} must be one of {', '.join(choices)}, not {value!r}.")
         if value is None:
             raise UserError(f"{name} is empty: give it a value, or leave it out.")
-        words = [words for kind, words in _KINDS.items() if kind in kinds]
+        words = [words for kind, words in KINDS.items() if kind in kinds]
         if words and not (type(value) in kinds or (type(value) is int and float in kinds)):
             raise UserError(f"{name} must be {' or '.join(words)}, not {value!r}.")
 

@@ -126,7 +126,10 @@ def test_a_class_without_a_picture_to_train_on_is_told(photos: Path, monkeypatch
     run = resolve(TrainConfig(data=str(photos), image_size=16), "cpu")
     feed = PictureDataset(source, 16, indices=dogs)
     assert feed.classes_met == {1}
-    assert describe(feed, run, 12) == ("12 pictures in 2 classes (cat, dog), of cat none, of 16 px (12 more held out)")
+    assert (
+        describe(feed, run, 12)
+        == "12 pictures in 2 classes (cat, dog; no picture to train on: cat) of 16 px (12 more held out)"
+    )
     monkeypatch.setattr(pictures, "IN_MEMORY_BYTES", 0)
     unread = PictureDataset(source, 16, indices=dogs)
     assert unread.classes_met is None

@@ -101,16 +101,21 @@ def describe(feed: Feed, run: RunConfig, held_out: int | None) -> str:
     classes = ""
     if names := feed.label_names:
         more = f", ... {names[-1]}" if len(names) > _NAMES_TOLD else ""
-        classes = f" in {len(names)} classes ({', '.join(names[:_NAMES_TOLD])}{more})"
+        classes = f" in {len(names)} classes ({', '.join(names[:_NAMES_TOLD])}{more}{_without_pictures(feed)})"
     streamed = isinstance(feed, PictureStream)
-    met = None if isinstance(feed, PictureStream) else feed.classes_met
-    if met is not None and (never := [name for number, name in enumerate(names) if number not in met]):
-        more = f" and {len(never) - _NAMES_TOLD} more" if len(never) > _NAMES_TOLD else ""
-        classes += f", of {', '.join(never[:_NAMES_TOLD])}{more} none,"
     shapes = f" in {len(feed.groups)} shapes" if run.buckets and not isinstance(feed, PictureStream) else ""
     share = f"{run.val_fraction:.0%} of them" if held_out is None else f"{held_out} more"
     besides = f" ({share} held out)" if run.val_fraction else ""
     return f"{len(feed)} {'streamed ' if streamed else ''}pictures{classes} of {run.image_size} px{shapes}{besides}"
+
+
+def _without_pictures(feed: Feed) -> str:
+    """The classes that have none, as where all of their few are held out; as far as that is known."""
+    met = None if isinstance(feed, PictureStream) else feed.classes_met
+    if met is None or not (never := [name for number, name in enumerate(feed.label_names) if number not in met]):
+        return ""
+    more = f" and {len(never) - _NAMES_TOLD} more" if len(never) > _NAMES_TOLD else ""
+    return f"; no picture to train on: {', '.join(never[:_NAMES_TOLD])}{more}"
 
 
 def open_batches(feed: Feed, batch_size: int, start: int, workers: int) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
