@@ -6,6 +6,7 @@ Any callable v(x, t) can be sampled, x (B, C, H, W), t (B,) in [0, 1]; the model
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from liquid_diffusion.config import MOST_SOLVER_STEPS, SOLVER, SOLVERS, STEPS
+from liquid_diffusion.config import SOLVER, SOLVERS, STEPS
 from liquid_diffusion.errors import UserError
 from liquid_diffusion.flow import predicted_data
 
@@ -135,19 +136,25 @@ def solver_times(scheduler: SchedulerMixin, steps: int, device: torch.device | s
     """Set a scheduler to some steps, and tell the times in [0, 1] at which it will ask for the velocity.
 
     Raises:
-        UserError: there is no step, or more than the scheduler has.
+        UserError: there is no step, or the scheduler's times are none of a flow.
     """
     if steps < 1:
         raise UserError(f"A sample needs at least 1 step, not {steps}.")
-    if steps > MOST_SOLVER_STEPS and "use_flow_sigmas" in scheduler.config:
-        raise UserError(f"{type(scheduler).__name__} takes at most {MOST_SOLVER_STEPS} steps, not {steps}.")
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         # its own spacing spends the last step between t = 0.001 and 0
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps).tolist(), device=device)
     else:
         scheduler.set_timesteps(steps, device=device)
-    # the multistep schedulers round their timesteps to whole numbers; their sigmas are the exact times
-    return [float(sigma) for sigma in scheduler.sigmas[: len(scheduler.timesteps)]]
+    # The multistep schedulers round their timesteps to whole numbers: their sigmas are the exact times, and told where
+    # to begin they do not look for the first timestep, which may be there twice.
+    scheduler.set_begin_index(0)
+    times = [float(sigma) for sigma in scheduler.sigmas[: len(scheduler.timesteps)]]
+    if not (times[0] <= 1 and times[-1] >= 0 and all(t >= after for t, after in itertools.pairwise(times))):
+        raise UserError(
+            f"The times of this {type(scheduler).__name__} do not fall from 1 to 0, as a flow's do: set "
+            "use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas, use_lu_lambdas or invert_sigmas to False."
+        )
+    return times
 
 
 @torch.no_grad()
