@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 
 from liquid_diffusion.models.depthwise import depthwise_conv, merge_kernels
+from liquid_diffusion.models.unet import LiquidUNet
 
 
 def kernels(channels: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -46,3 +48,30 @@ def test_gradients_in_bfloat16_stay_near_float32() -> None:
     for full, half in zip(*gradients, strict=True):
         error = (full - half.float()).norm() / full.norm()
         assert error < 0.01
+
+
+@pytest.mark.parametrize(("height", "width"), [(5, 4), (8, 8)])
+def test_gradients_can_be_differentiated_again_and_forwards(height: int, width: int) -> None:
+    """By finite differences in float64, as a penalty of the gradient and `torch.func` want it."""
+    x = torch.randn(1, 2, height, width, dtype=torch.float64)
+    leaves = [leaf.requires_grad_() for leaf in (x, torch.randn(2, 1, 7, 7).double(), torch.randn(2).double())]
+    assert torch.autograd.gradcheck(depthwise_conv, leaves, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(depthwise_conv, leaves)
+
+
+def test_a_jacobian_vector_product_of_a_model() -> None:
+    """Through all of it, along the time: by `torch.func.jvp` and by a difference."""
+    model = LiquidUNet(3, widths=(32, 64), depths=(1, 1)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+    x, t, step = torch.randn(1, 3, 8, 8).double(), torch.tensor([0.4]), 1e-3
+    derivative = torch.func.jvp(lambda t: model(x, t).sample, (t,), (torch.ones(1),))[1]
+    with torch.no_grad():
+        difference = (model(x, t + step).sample - model(x, t - step).sample) / (2 * step)
+    torch.testing.assert_close(derivative, difference, atol=1e-3, rtol=1e-2)
+
+
+def test_it_is_compiled_without_a_break_of_the_graph() -> None:
+    x = torch.randn(1, 2, 8, 8, requires_grad=True)
+    assert torch._dynamo.explain(depthwise_conv)(x, torch.randn(2, 1, 7, 7)).graph_break_count == 0

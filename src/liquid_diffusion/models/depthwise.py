@@ -54,7 +54,8 @@ def depthwise_conv(x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Ten
     with torch.autocast(x.device.type, enabled=False):
         if x.device.type != "cpu" or not torch.is_grad_enabled() or kernel.shape[-1] != _KERNEL:
             return F.conv2d(x, kernel, bias, padding=kernel.shape[-1] // 2, groups=x.shape[1])
-        return _DepthwiseConv7.apply(x, kernel, bias)
+        function = _DepthwiseConv7 if torch.compiler.is_compiling() else _DepthwiseConv7Forwards
+        return function.apply(x, kernel, bias)
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, width: int) -> Tensor:
@@ -87,13 +88,20 @@ def _weight_gradient_in_strips(grad: Tensor, x: Tensor) -> Tensor:
 
 
 class _DepthwiseConv7(torch.autograd.Function):
+    """F.conv2d with another way to the same gradients, which can be differentiated again."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, kernel)
+    def forward(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
         return F.conv2d(x, kernel, bias, padding=_PAD, groups=x.shape[1])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+        del output
+        x, kernel, _ = inputs
+        ctx.save_for_backward(x, kernel)
+        ctx.save_for_forward(x, kernel)
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, kernel = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)
@@ -106,3 +114,13 @@ class _DepthwiseConv7(torch.autograd.Function):
         if needs_bias:
             grad_bias = grad.sum((0, 2, 3))
         return grad_x, grad_kernel, grad_bias
+
+
+class _DepthwiseConv7Forwards(_DepthwiseConv7):
+    """Which forward-mode differentiation passes too; torch.compile refuses a function with a `jvp`."""
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, dkernel: Tensor, dbias: Tensor | None) -> Tensor:
+        x, kernel = ctx.saved_tensors
+        how = {"padding": _PAD, "groups": x.shape[1]}
+        return F.conv2d(dx, kernel, dbias, **how) + F.conv2d(x, dkernel, **how)
