@@ -193,7 +193,8 @@ def test_callback_changes_the_state_and_stops(monkeypatch: pytest.MonkeyPatch) -
         ({"output_type": "jpeg"}, "must be pil, np, pt or latent, not 'jpeg'"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "can see latents and x0, not 'noise'"),
         ({"height": 18}, "divisible by 4, not 18 x 16"),
-        ({"width": 0}, "divisible by 4, not 16 x 0"),
+        ({"width": 0}, "width must be a whole number of at least 1, not 0"),
+        ({"height": 16.0}, r"height must be a whole number of at least 1, not 16\.0"),
         ({"class_labels": "horse"}, "no class 'horse'"),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
@@ -203,6 +204,34 @@ def test_wrong_arguments_are_refused_before_the_work(arguments: dict[str, Any], 
     pipeline.unet.condition = None  # type: ignore[assignment]  # whoever begins to work fails
     with pytest.raises(UserError, match=words):
         pipeline(**arguments)
+
+
+def test_parts_that_do_not_belong_together_are_refused() -> None:
+    vae, scheduler = small_vae(), make_scheduler()
+    latents = AutoencoderCodec(vae, "somewhere").state()
+    small: dict[str, Any] = {"widths": (32, 64), "depths": (1, 1)}
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"unet": LiquidUNet(4, **small)}, "A model of 4 channels is none of pixels"),
+        ({"unet": LiquidUNet(4, **small), "vae": vae}, "Give `codec` beside `vae`"),
+        ({"unet": LiquidUNet(4, **small), "codec": latents}, "codec somewhere needs its autoencoder"),
+        ({"unet": LiquidUNet(12, **small), "vae": vae, "codec": latents}, "codec has 4 channels and the model 12"),
+        ({"unet": LiquidUNet(12, 3, **small), "label_names": NAMES}, "2 names of classes were given for a model"),
+    ]
+    for parts, words in cases:
+        with pytest.raises(UserError, match=words):
+            LiquidDiffusionPipeline(scheduler=scheduler, **parts)
+
+
+def test_a_model_alone_makes_a_pipeline() -> None:
+    """Of pixels as they are, as examples/train_loop.py trains it; classes without names go by their numbers."""
+    pipeline = LiquidDiffusionPipeline(LiquidUNet(3, 2, widths=(32, 64), depths=(1, 1)), make_scheduler(), image_size=8)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.config["label_names"] == ["0", "1"]
+    noise = pipeline.noise(1, seeded_generators(0, 1))
+    drawn = pipeline(1, "1", 1, generator=seeded_generators(0, 1), output_type="pt").images
+    torch.testing.assert_close(drawn, noise.clamp(-1, 1) / 2 + 0.5)  # of a new model the velocity is zero
+    counts: dict[str, Any] = {"batch_size": np.int64(2), "num_inference_steps": np.int64(1), "height": np.int32(4)}
+    assert pipeline(**counts, generator=seeded_generators(0, 2), output_type="pt").images.shape == (2, 3, 4, 8)
 
 
 def test_any_flow_scheduler_by_from_config() -> None:
@@ -390,7 +419,7 @@ def test_save_and_load(tmp_path: Path, with_vae: bool) -> None:
     assert again(1, output_type="pt").images.isfinite().all()
 
 
-def test_runs_that_can_not_be_loaded(tmp_path: Path) -> None:
+def test_runs_that_can_not_be_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for nowhere in ("./nowhere", "runs/nowhere/pipeline", "/nowhere"):
         with pytest.raises(UserError, match=f"There is no folder {nowhere}"):
             LiquidDiffusionPipeline.from_pretrained(nowhere)
@@ -398,6 +427,13 @@ def test_runs_that_can_not_be_loaded(tmp_path: Path) -> None:
         load_pipeline("./nowhere")
     with pytest.raises(UserError, match="no trained model yet"):
         load_pipeline(str(tmp_path))
+    with pytest.raises(UserError, match="no trained model yet"):
+        load_pipeline(tmp_path)
+    make().save_pretrained(tmp_path / "run" / "pipeline")
+    with pytest.raises(UserError, match=r"it has no model_index\.json\. Take .*/run/pipeline"):
+        LiquidDiffusionPipeline.from_pretrained(tmp_path / "run")
+    monkeypatch.setenv("HOME", str(tmp_path / "run"))
+    assert LiquidDiffusionPipeline.from_pretrained("~/pipeline").config["label_names"] == NAMES
     make().save_pretrained(tmp_path)
     weights = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])

@@ -19,20 +19,20 @@ from liquid_diffusion.pipeline import LiquidDiffusionPipeline
 SHIPPED = Path(str(resources.files("liquid_diffusion"))) / "shipped" / "nano-emoji"
 
 
-def find_run(run: str | None) -> str:
+def find_run(run: str | Path | None) -> str:
     """What a person means by RUN: what was said, or, where nothing was, the folder of the model in this package.
 
     Raises:
         UserError: nothing was said, and this package has no model.
     """
     if run is not None:
-        return run
+        return str(run)
     if not (SHIPPED / INDEX).is_file():
         raise UserError("There is no model in this installation: say RUN, e.g. after `liquid-diffusion train`.")
     return str(SHIPPED)
 
 
-def load_pipeline(run: str | None) -> LiquidDiffusionPipeline:
+def load_pipeline(run: str | Path | None) -> LiquidDiffusionPipeline:
     """The pipeline of a run folder, of a pipeline folder or of a Hub id; of None, that of the model in this package.
 
     Its weights are float32, whatever they are kept in: the sampler takes the dtype that the device is fast in, once.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import operator
 from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +47,26 @@ if TYPE_CHECKING:  # the class is named, not imported, so that a bundle of the p
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
+def _whole_number(name: str, value: Any) -> int:
+    """A number of Python's or numpy's.
+
+    Raises:
+        UserError: it is none, not whole, or under 1.
+    """
+    with contextlib.suppress(TypeError):
+        if not isinstance(value, bool) and operator.index(value) >= 1:
+            return operator.index(value)
+    raise UserError(f"{name} must be a whole number of at least 1, not {value!r}.")
+
+
+def _pixels_for(channels: int) -> PixelCodec:
+    """The codec of a model of pixels with so many channels: 3 in each pixel of a square that is one to the model."""
+    factor = math.isqrt(channels // 3)
+    if channels != 3 * factor**2:
+        raise UserError(f"A model of {channels} channels is none of pixels: give `vae`, and `codec` as it was trained.")
+    return PixelCodec(factor)
+
+
 def _as_python(class_labels: Any) -> Any:
     """Classes that came as an array or a tensor, as numbers."""
     return class_labels.tolist() if isinstance(class_labels, Tensor | np.ndarray | np.generic) else class_labels
@@ -60,10 +82,14 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
         unet: the velocity field, a `LiquidUNet`.
         scheduler: any of diffusers' flow schedulers.
         vae: the autoencoder of the latents; None for a model of pixels.
-        codec: `Codec.state` of the codec that the model was trained with; None for pixels as they are.
-        label_names: names of the classes, in their order or by their numbers; None for an unconditional model.
+        codec: `Codec.state` of the codec that the model was trained with; None for pixels in [-1, 1], squares of them
+            where the model has more than 3 channels.
+        label_names: names of the classes, in their order or by their numbers; None for the numbers themselves.
         image_size: side of the square pictures it was trained on, or their height and width.
-        guidance: classifier-free guidance where nothing is said; 1 for a model that never saw the null label.
+        guidance: classifier-free guidance by default; 1 for a model that never saw the null label.
+
+    Raises:
+        UserError: parts that don't belong together: channels of model and codec, classes and their names.
     """
 
     _optional_components = ["vae"]
@@ -85,11 +111,20 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
     ) -> None:
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, vae=vae)
-        codec = dict(codec or PixelCodec().state())
+        channels, classes = unet.config["in_channels"], unet.config["num_classes"]
+        if codec is None and vae is not None:
+            raise UserError("Give `codec` beside `vae`: the state of the codec that the model was trained with.")
+        codec = dict(codec or _pixels_for(channels).state())
+        if vae is None and "factor" not in codec:
+            raise UserError(f"The codec {codec['name']} needs its autoencoder, `vae`.")
         if isinstance(label_names, dict):
             label_names = [label_names[str(i)] for i in range(len(label_names))]
-        names = list(label_names or [])
+        names = list(label_names or map(str, range(classes)))
+        if len(names) != classes:
+            raise UserError(f"{len(names)} names of classes were given for a model that has {classes}.")
         self.register_to_config(codec=codec, label_names=names, image_size=image_size, guidance=guidance)
+        if self.codec.channels != channels:
+            raise UserError(f"The codec has {self.codec.channels} channels and the model {channels}.")
         self._interrupt = False
 
     # ---- saving and loading
@@ -112,11 +147,15 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
             UserError: it is no pipeline of this package, or one that another version of it has saved.
         """
         source = str(pretrained_model_name_or_path)
+        if source.startswith("~"):
+            source = str(Path(source).expanduser())
         if "__bundle__" not in vars(cls):  # the class in a bundle knows no model's class, and is loaded with trust
             if Path(source).is_dir():
                 if not (Path(source) / INDEX).is_file():
-                    raise UserError(f"{source} is no pipeline: it has no {INDEX}.")
-            elif source.startswith((".", "/", "~")) or source.count("/") > 1:  # what no id of the Hub is
+                    within = Path(source) / "pipeline"  # of a run
+                    hint = f" Take {within}." if (within / INDEX).is_file() else ""
+                    raise UserError(f"{source} is no pipeline: it has no {INDEX}.{hint}")
+            elif source.startswith((".", "/")) or source.count("/") > 1:  # what no id of the Hub is
                 raise UserError(f"There is no folder {source}.")
             else:
                 of_the_hub = ("revision", "token", "cache_dir", "force_download", "local_files_only")
@@ -224,16 +263,12 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
     def _check(
         self,
         batch_size: int,
-        steps: int,
         guidance_scale: float | None,
         generator: torch.Generator | list[torch.Generator] | None,
         output_type: str,
         callback_inputs: Sequence[str],
     ) -> None:
         """What can be said before the work begins, and is not said by `labels`, `noise` and the scheduler."""
-        for name, value in (("batch_size", batch_size), ("num_inference_steps", steps)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UserError(f"{name} must be a whole number of at least 1, not {value!r}.")
         if guidance_scale is not None and not math.isfinite(guidance_scale):
             raise UserError(f"guidance_scale must be a number, not {guidance_scale}.")
         if isinstance(generator, list) and len(generator) != batch_size:
@@ -267,11 +302,12 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
             num_inference_steps: steps of the solver.
             guidance_scale: classifier-free guidance where there are classes; 1 is none, None the model's own.
             generator: one generator, or one for each picture: then a picture does not depend on the others.
-            output_type: "pil"; "np" (B, H, W, 3) or "pt" (B, 3, H, W), both in [0, 1]; or "latent".
+            output_type: "pil"; "np" (B, H, W, 3) or "pt" (B, 3, H, W), both in [0, 1]; or "latent", the last state
+                (B, C, height/factor, width/factor), of which ``pipeline.codec.decode`` makes pictures.
             return_dict: False for a tuple.
             callback_on_step_end: called as callback(pipeline, index, timestep, tensors) after each evaluation of the
-                model. "latents" in what it returns take the place of the state; ``pipeline._interrupt = True`` makes
-                this step the last.
+                model, with timesteps from 1000, noise, to 0. "latents" in what it returns take the place of the state;
+                ``pipeline._interrupt = True`` makes this step the last.
             height, width: in pixels, divisible by the codec's factor times the model's; None is the trained size.
             callback_on_step_end_tensor_inputs: which tensors it sees, of "latents", the state, and "x0", the data
                 that the step predicted.
@@ -285,9 +321,9 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
         class_labels = _as_python(class_labels)
         if batch_size is None:
             batch_size = 1 if class_labels is None or isinstance(class_labels, str | int) else len(class_labels)
-        self._check(
-            batch_size, num_inference_steps, guidance_scale, generator, output_type, callback_on_step_end_tensor_inputs
-        )
+        batch_size = _whole_number("batch_size", batch_size)
+        num_inference_steps = _whole_number("num_inference_steps", num_inference_steps)
+        self._check(batch_size, guidance_scale, generator, output_type, callback_on_step_end_tensor_inputs)
         labels = self.labels(class_labels, batch_size)
         x = self.noise(batch_size, generator, height, width)
         total = len(self._times(num_inference_steps, "cpu"))
@@ -324,9 +360,12 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
         """
         codec = self.codec
         usual_height, usual_width = self.usual_shape
-        size = [usual_height if height is None else height, usual_width if width is None else width]
+        size = [
+            usual_height if height is None else _whole_number("height", height),
+            usual_width if width is None else _whole_number("width", width),
+        ]
         multiple = codec.factor * self.unet.downscale
-        if min(size) < 1 or any(side % multiple for side in size):
+        if any(side % multiple for side in size):
             raise UserError(f"Height and width must be divisible by {multiple}, not {size[0]} x {size[1]}.")
         shape = (batch_size, codec.channels, size[0] // codec.factor, size[1] // codec.factor)
         return randn_tensor(shape, generator=generator, device=self._execution_device)
