@@ -74,13 +74,13 @@ def generate(run: str | None, config: SampleConfig) -> str:
     grid = out.suffix.lower() in _GRID_ENDINGS
     if config.nearest and not grid:
         raise UserError(f"The nearest pictures come as one grid: give --out a name that ends in .png, not {out}.")
-    with writing_to(out):
-        (out.parent if grid else out).mkdir(parents=True, exist_ok=True)
     disable_progress_bar()  # of the parts being loaded; the one of the sampling stays
     keep_freed_memory()
     pipeline = load_pipeline(run).to(process_state().device)
     pipeline.set_progress_bar_config(desc="Sampling", leave=False)
     trained = _training_pictures(find_run(run), pipeline, config) if config.nearest else None  # before it draws
+    with writing_to(out):
+        (out.parent if grid else out).mkdir(parents=True, exist_ok=True)
     batches = draw_pictures(pipeline, config)
     words = ""
     if trained is not None:

@@ -112,8 +112,8 @@ def model_card(pipeline: LiquidDiffusionPipeline, run: Path, name: str) -> Model
     names = pipeline.config["label_names"]
     millions = sum(p.numel() for p in pipeline.unet.parameters()) / 1e6
     place = "in the latents of an autoencoder, which is in this repository too" if pipeline.vae else "on pixels"
-    size = pipeline.config["image_size"]
-    pixels = f"{size} x {size}" if isinstance(size, int) else " x ".join(map(str, size))
+    height, width = pipeline.usual_shape
+    pixels = f"{width} x {height}"
     wish = f", class_labels={json.dumps(names[0], ensure_ascii=False)}" if names else ""
     body = [
         f"# {name.rsplit('/', maxsplit=1)[-1]}",

@@ -20,7 +20,9 @@ from liquid_diffusion.data.split import is_held_out
 from liquid_diffusion.data.transforms import to_float
 from liquid_diffusion.evaluation.evaluate import draw_samples
 from liquid_diffusion.evaluation.reference import pictures_of_run
+from liquid_diffusion.models.unet import LiquidUNet
 from liquid_diffusion.pipeline import LiquidDiffusionPipeline
+from liquid_diffusion.sampling import make_scheduler
 from liquid_diffusion.training.trainer import Trainer
 
 Capture = pytest.CaptureFixture[str]
@@ -203,6 +205,10 @@ def test_runs_without_known_or_held_out_pictures(run: Path, pictures: Path, tmp_
     facts = json.loads(capsys.readouterr().out)
     assert facts["reference_pictures"] == 24
     assert "memorisation" not in facts
+    plain = LiquidDiffusionPipeline(LiquidUNet(12, widths=(16, 16), depths=(1, 1)), make_scheduler(), image_size=16)
+    plain.save_pretrained(tmp_path / "plain")
+    assert main(["evaluate", str(tmp_path / "plain"), *common, "--reference", str(pictures), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"]["guidance"] == 1  # it has no classes
     other = tmp_path / "other"
     shutil.copytree(run / "pipeline", other / "pipeline")
     (other / "config.yaml").write_text((run / "config.yaml").read_text().replace("fraction: 0.35", "fraction: 0.0"))

@@ -27,6 +27,7 @@ from liquid_diffusion.hardware import keep_freed_memory, process_state
 from liquid_diffusion.history import grids, loss_curve
 from liquid_diffusion.loading import find_run, load_pipeline
 from liquid_diffusion.pipeline import LiquidDiffusionPipeline
+from liquid_diffusion.resolve import without_pattern
 
 _ALL = "all in turn"
 _WAITING = 16  # requests in the queue; one more is told that the demo is busy
@@ -179,11 +180,11 @@ class Demo:
             facts.append(f"{len(self.names)} classes")
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
             settings = yaml.safe_load((self.folder / "config.yaml").read_text())
-            facts.append(f"trained on {Path(settings['data']).name}")
+            facts.append(f"trained on {without_pattern(settings['data']).name}")
         if curve := loss_curve(self.folder):
             facts.append(f"{curve[-1][0]:,.0f} steps")
         return page.head(
-            f"LiquidDiffusion: {self.folder.name}",
+            f"LiquidDiffusion: {self.folder.resolve().name}",
             [
                 "A small image generator without attention: it starts from noise at t = 1 and follows the velocity "
                 "that it predicts to a picture at t = 0. A seed always gives the same picture.",
@@ -194,7 +195,7 @@ class Demo:
     def build(self) -> Any:
         """The page as gradio's Blocks."""
         gr = _gradio()
-        with gr.Blocks(title=f"LiquidDiffusion: {self.folder.name}", analytics_enabled=False) as blocks:
+        with gr.Blocks(title=f"LiquidDiffusion: {self.folder.resolve().name}", analytics_enabled=False) as blocks:
             gr.HTML(self.head())
             with gr.Row():
                 with gr.Column(scale=1, min_width=260):

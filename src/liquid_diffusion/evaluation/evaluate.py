@@ -104,12 +104,12 @@ def _memory(
     distances, index = nearest_rows(features, trained)
     weights = None
     if held_out is None:
-        pixel, unseen, unseen_pixel, seen = nearest_places(to_float(samples), train)[0], None, None, 0
+        pixel, unseen, unseen_pixel, seen = nearest_places(samples, train)[0], None, None, 0
     else:
         held_out = _thinned(held_out, _ENOUGH_HELD_OUT)
         unseen = nearest_rows(cached.of(held_out), trained)[0]
         real = torch.stack([held_out.picture(i)["image"] for i in range(len(held_out))])
-        together = nearest_places(to_float(torch.cat([samples, real])), train)[0]  # which reads the set once
+        together = nearest_places(torch.cat([samples, real]), train)[0]  # which reads the set once
         pixel, unseen_pixel = together.split([len(samples), len(real)])
         # Two files may be one picture at this size. What was trained on is not unseen, and a distance of 0 among so few
         # would be their first percentile, which no copy is under.
@@ -167,7 +167,9 @@ def measure(run: str | None, config: EvaluateConfig) -> tuple[dict[str, Any], Im
     labels, wanted = None, _wanted_classes(pipeline, reference)
     if names:
         labels = spread_labels(torch.arange(len(names)) if wanted is None else wanted, config.n, config.seed)
-    guidance = pipeline.config["guidance"] if config.guidance is None else config.guidance
+    guidance = 1.0  # of a model without classes, whatever was asked for
+    if names:
+        guidance = pipeline.config["guidance"] if config.guidance is None else config.guidance
     samples = draw_samples(pipeline, labels, config)
     batches = tqdm(samples.split(32), desc="Features of samples", unit="batch", leave=False, delay=2)
     features = extract(extractor, batches, device)
