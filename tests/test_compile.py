@@ -127,7 +127,7 @@ def test_a_picture_does_not_depend_on_its_batch(
     whole = velocity(slice(None))
     for start, stop in ((0, 1), (1, 3), (3, 5), (4, 5)):
         assert torch.equal(velocity(slice(start, stop)), whole[start:stop])
-    monkeypatch.setattr(sys.modules[compile_for_sampling.__module__], "_PART_BYTES", 2 * 96 * 16**2 * dtype.itemsize)
+    monkeypatch.setattr(sys.modules[compile_for_sampling.__module__], "_PART_BYTES", 2 * 128 * 16**2 * dtype.itemsize)
     assert torch.equal(velocity(slice(None)), whole)
 
 

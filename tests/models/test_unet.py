@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,7 +64,9 @@ def test_gate_and_alpha_depend_on_the_time() -> None:
 def test_research_switches_build_and_learn(what: str, expected: str) -> None:
     model = perturbed(small_model(**{what: expected}))
     model(torch.randn(2, 4, 8, 8), torch.rand(2)).sample.square().mean().backward()
-    assert all(p.grad is not None for p in model.parameters())
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
 
 
 def test_no_attention_anywhere() -> None:
@@ -127,9 +130,10 @@ def test_any_size_divisible_by_four(size: tuple[int, int]) -> None:
         ((torch.randn(1, 3, 8, 8), 0.5), "3 channels"),
         ((torch.randn(1, 4, 8, 8), 500), "from 0 to 1, not 500"),
         ((torch.randn(1, 4, 8, 8), float("nan")), "from 0 to 1, not nan"),
+        ((torch.randn(1, 4, 8, 8), 0.5, torch.tensor([0, 1])), r"of shape \(1,\), not \(2,\)"),
     ],
 )
-def test_wrong_samples_are_refused(arguments: tuple[torch.Tensor, float], words: str) -> None:
+def test_wrong_samples_are_refused(arguments: tuple[Any, ...], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         small_model()(*arguments)
 

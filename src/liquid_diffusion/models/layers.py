@@ -1,6 +1,6 @@
 """Norm, embeddings and resampling: the parts of the U-Net that are not liquid.
 
-Shapes: B batch, C channels, H W height and width, T width of the time embedding.
+Shapes: B batch, C channels, H W height and width, T width of the embedding of time and label.
 """
 
 from __future__ import annotations

@@ -178,7 +178,8 @@ class LiquidUNet(ModelMixin, ConfigMixin):
             An object with `sample` (B, in_channels, H, W), in the dtype of `sample` unless autocast says otherwise.
 
         Raises:
-            ValueError: wrong channels or size, a number that is no time, or labels given to a model without classes.
+            ValueError: wrong channels or size, a number that is no time, labels for another number of samples, or
+                labels for a model without classes.
         """
         x, skips = sample, []
         condition = self.condition(*self._check_inputs(sample, timestep, class_labels))  # (B, T)
@@ -219,4 +220,6 @@ class LiquidUNet(ModelMixin, ConfigMixin):
             return t, None
         if class_labels is None:
             class_labels = torch.full((batch,), self.config.num_classes, device=sample.device)
+        elif class_labels.shape != (batch,):
+            raise ValueError(f"class_labels must be of shape ({batch},), not {tuple(class_labels.shape)}")
         return t, class_labels
