@@ -60,32 +60,28 @@ def _modulated_norm(x: Tensor, scale: Tensor, shift: Tensor, shared: bool) -> Te
     return torch.addcmul(shift, channel_norm(x), scale)
 
 
-def _conditions(model: LiquidUNet, t: Tensor, labels: Tensor | None) -> Tensor:
+def _conditions(model: LiquidUNet, t: Tensor, labels: Tensor) -> Tensor:
     """Embeddings (R, T) of all labels at all times, those of one time together.
 
     The last one is there again and again, until there are as many as a multiple of _ROWS.
     """
-    times = t if labels is None else t.repeat_interleave(len(labels))
-    classes = None if labels is None else labels.repeat(len(t))
+    times, labels = t.repeat_interleave(len(labels)), labels.repeat(len(t))
     rows = torch.arange(-(-len(times) // _ROWS) * _ROWS, device=t.device).clamp_max(len(times) - 1)
-    met = [model.condition(times[some], None if classes is None else classes[some]) for some in rows.split(_ROWS)]
-    return torch.cat(met)
+    return torch.cat([model.condition(times[some], labels[some]) for some in rows.split(_ROWS)])
 
 
 class _FoldedBlock:
-    """A `LiquidBlock` for the conditions (R, T) that will be met, whose table (R, sum of the widths) joins `tables`.
+    """A `LiquidBlock` for the conditions (R, T) that will be met; `table` (R, 6 C) has what it takes of each.
 
     Whether they are `shared`, one by all pictures at once, decides how it computes. That a batch has only one picture
     does not: it is to be the same in a batch of many.
     """
 
-    def __init__(
-        self, block: LiquidBlock, conditions: Tensor, shared: bool, dtype: torch.dtype, tables: list[Tensor]
-    ) -> None:
+    def __init__(self, block: LiquidBlock, conditions: Tensor, shared: bool, dtype: torch.dtype) -> None:
         cfc, mix, self.shared = block.cfc, block.mix, shared
         self.relaxed = cfc.relaxation == "liquid"
         rows = torch.cat([self._rows(block, some) for some in conditions.split(_ROWS)])  # (R, 6, C)
-        tables.append(rows.flatten(1).to(dtype))
+        self.table = rows.flatten(1).to(dtype)
         weights, biases = [cfc.heads.weight], [cast("Tensor", cfc.heads.bias)]
         if cfc.gate != "none":
             weights, biases = list(weights[0].chunk(2)), list(biases[0].chunk(2))
@@ -179,30 +175,12 @@ class CompiledVelocity:
         self.device, self.dtype, self.guidance = model.device, dtype, guidance
         self._step = {round(t, 6): i for i, t in enumerate(sorted(set(times)))}
         self.steps = torch.arange(len(self._step), device=self.device)
-        t = torch.tensor(sorted(set(times)), device=self.device)
-        classes = model.config["num_classes"]
-        self.guided = guidance != 1.0 and labels is not None and bool(classes)
-        shared = labels is None or not labels.dim()
-        if labels is None and classes:
-            labels = torch.tensor(classes, device=self.device)
-        if labels is not None and shared:
-            labels = labels[None]
-        self.any_batch = shared
-        if labels is None:
-            classes_met = None
-            self.rows = torch.zeros(1, dtype=torch.long, device=self.device)
-            self.labels_per_step = 1
-        else:
-            wanted = torch.cat([labels, torch.full_like(labels, classes)]) if self.guided else labels
-            classes_met, self.rows = wanted.unique(return_inverse=True)
-            self.labels_per_step = len(classes_met)
-        conditions = _conditions(model, t, classes_met)
+        met = self._take_labels(labels, model.config["num_classes"])
+        conditions = _conditions(model, torch.tensor(sorted(set(times)), device=self.device), met)
 
         def blocks(stage: nn.Module) -> list[_FoldedBlock]:
-            how = (conditions, shared and not self.guided, dtype, tables)
-            return [_FoldedBlock(cast("LiquidBlock", block), *how) for block in stage.children()]
-
-        tables: list[Tensor] = []  # in the order in which the blocks are run
+            shared = self.any_batch and not self.guided
+            return [_FoldedBlock(cast("LiquidBlock", block), conditions, shared, dtype) for block in stage.children()]
 
         def convolutions(layers: nn.Module) -> list[PackedConvolution]:
             return [PackedConvolution.of(layer, dtype) for layer in layers.children() if isinstance(layer, nn.Conv2d)]
@@ -219,8 +197,21 @@ class CompiledVelocity:
             channel_norm, weight=model.norm.weight.to(dtype), bias=model.norm.bias.to(dtype), eps=model.norm.eps
         )
         self.head = PackedConvolution.of(model.head, dtype)
-        self.table, self.table_widths = torch.cat(tables, 1), [table.shape[1] for table in tables]
+        tables = [block.table for stage in (*self.encoder, self.bottleneck, *self.decoder) for block in stage]
+        self.table, self.table_widths = torch.cat(tables, 1), [table.shape[1] for table in tables]  # as they are run
         self.recordings: dict[torch.Size, _Recording | None] = {}  # of a GPU; None for a shape that was met once
+
+    def _take_labels(self, labels: Tensor | None, classes: int) -> Tensor:
+        """Set which rows of the table pictures take at a time; returns the labels met, one for each of those rows."""
+        labels = labels if classes else None
+        self.guided = self.guidance != 1.0 and labels is not None
+        self.any_batch = labels is None or not labels.dim()  # one condition for all pictures
+        wanted = (torch.tensor(classes, device=self.device) if labels is None else labels).reshape(-1)
+        if self.guided:
+            wanted = torch.cat([wanted, torch.full_like(wanted, classes)])
+        met, self.rows = wanted.unique(return_inverse=True)
+        self.labels_per_step = len(met)
+        return met
 
     @torch.no_grad()
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
