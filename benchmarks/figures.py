@@ -267,7 +267,7 @@ def causal_table(rows: list[Row]) -> str:
     table = markdown(["what is done", "change of the velocity", *(f"KD, {count} steps" for count in steps)], lines)
     first = rows[0]
     what = f"{first['run']}, {first['n']} samples against {first['held_out']} held-out pictures"
-    return f"{what}, Euler where nothing else is said:\n\n{table}"
+    return f"{what}, Euler unless another solver is named:\n\n{table}"
 
 
 def path_tables(rows: list[Row]) -> dict[str, str]:

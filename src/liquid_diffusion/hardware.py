@@ -33,7 +33,7 @@ def process_state() -> PartialState:
 def _cpu_is_fast_in_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 faster than float32: by AMX tiles, or by the dot products of AVX512_BF16.
 
-    By the latter (two cores of a Zen 4, benchmarks/results/precision.csv) tiny is sampled 1.7 times as fast.
+    By the latter (two cores of a Zen 4, benchmarks/results/precision.csv) tiny is sampled 1.6 times as fast.
     """
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 

@@ -127,7 +127,7 @@ def test_causal_table_has_a_row_for_each_intervention() -> None:
         for steps in ("12", "4")
     ]
     table = causal_table(some).splitlines()
-    assert table[0] == "nano, 48 samples against 100 held-out pictures, Euler where nothing else is said:"
+    assert table[0] == "nano, 48 samples against 100 held-out pictures, Euler unless another solver is named:"
     assert table[2] == "| what is done | change of the velocity | KD, 4 steps | KD, 12 steps |"
     assert table[-1] == "| alpha frozen | 6.7% | 0.400 ± 0.050 | 0.400 ± 0.050 |"
     assert len(table) == 6
