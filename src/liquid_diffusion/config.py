@@ -11,9 +11,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from liquid_diffusion.errors import UserError
 
 SOLVERS = ("unipc", "euler", "heun", "dpm++")
-STEPS = 25  # of a solver, where nothing is said
-SOLVER = "unipc"  # where nothing is said: nearer to converged at 25 steps than Euler, for the same 25 evaluations
-GUIDANCE = 3.0  # where nothing is said: nearer to real pictures than 2, and classes as clear as theirs
+STEPS = 25  # of a solver, by default
+SOLVER = "unipc"  # by default: nearer to converged at 25 steps than Euler, for the same 25 evaluations
+GUIDANCE = 3.0  # by default: nearer to real pictures than 2, and classes as clear as theirs
 _GUIDANCE_HELP = (
     f"classifier-free guidance where there are classes; 1 is none (default: {GUIDANCE:g}, or 1 if it was trained with "
     "--label-dropout 0)"
@@ -78,7 +78,7 @@ class TrainConfig:
     """A training run. What is None is chosen by the machine and the data, see `resolve.resolve`."""
 
     data: str = _option("emoji", "a name that `datasets` lists, a Hub id, a folder, or parquet files")
-    out: str | None = _option(None, "run folder; a folder with checkpoints is gone on with (default: runs/DATA-SIZE)")
+    out: str | None = _option(None, "run folder; one with checkpoints is resumed (default: runs/DATA-SIZE)")
     image_size: int | None = _option(None, "side of the square pictures (default: by data and machine)")
     model: str | None = _option(None, "nano, tiny, small or base (default: nano on a CPU, else tiny)")
     codec: str | None = _option(
@@ -197,7 +197,7 @@ class EncodeConfig:
     """Latents that are encoded once. What is None is chosen by the data, see `resolve.resolve_encoding`."""
 
     data: str = _option("emoji", "as for train --data")
-    out: str | None = _option(None, "folder; what was begun there is gone on with (default: latents/DATA-SIZE)")
+    out: str | None = _option(None, "folder; what was begun there is resumed (default: latents/DATA-SIZE)")
     image_size: int = _option(256, "side of the square pictures")
     codec: str = _option("sd-vae", "sd-vae, taesd, or Hub id (with /FOLDER or without) or folder of an autoencoder")
     crop: Literal["center", "pad"] = _option("center", "center, or pad: the whole picture on white")
@@ -246,7 +246,7 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """An evaluation of a run, sampled as `sample` does where nothing else is said."""
+    """An evaluation of a run, sampled as `sample` does by default."""
 
     n: int = _option(1000, "number of samples")
     reference: str = _option("val", "real pictures: val (held out of the run), train, all, or another data set")

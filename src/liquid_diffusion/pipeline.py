@@ -228,7 +228,7 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
 
     @property
     def usual_shape(self) -> tuple[int, int]:
-        """Height and width of the pictures where nothing is said: those it was trained on, or most of them."""
+        """Height and width of the pictures by default: those it was trained on, or most of them."""
         trained = self.config["image_size"]
         return (trained, trained) if isinstance(trained, int) else (trained[0], trained[1])
 

@@ -1,4 +1,4 @@
-"""What a training, an encoding or an estimate takes where nothing is said."""
+"""What a training, an encoding or an estimate takes by default."""
 
 from __future__ import annotations
 
