@@ -341,12 +341,14 @@ def plot_curves(rows: list[Row], name: str, x: str, words: str) -> None:
         points = sorted(_group(models[key], "fraction").values(), key=lambda some: float(some[0]["fraction"]))
         places = [statistics.mean(float(row[x]) for row in some) for some in points]
         values, errors = zip(*(mean_and_error(some) for some in points), strict=True)
-        axes.errorbar(places, values, errors, fmt="o-", capsize=2, markersize=4, label=f"{key[0]}, {values[-1]:.3f}")
+        look = {"color": f"C{PEERS.index(key[0])}", "linewidth": 3 if key[0] == "liquid" else 1.5}  # in all plots alike
+        label = f"{key[0]}, {values[-1]:.3f}"
+        axes.errorbar(places, values, errors, fmt="o-", capsize=2, markersize=4, label=label, **look)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(LogLocator(subs=(1.2, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)))  # above 1 there may be none else
     axes.yaxis.set_minor_formatter("{x:.2g}")
-    _save(figure, axes, name, words, "kernel distance to val")
+    _save(figure, axes, name, words, "kernel distance to val (less is better)")
 
 
 def draw_quality() -> None:
@@ -414,13 +416,14 @@ def draw_causal() -> None:
     for (name,), some in _group(rows, "intervention").items():
         steps = [int(row["steps"]) for row in some]
         values, errors = [float(row["kd"]) for row in some], [float(row["kd_standard_error"]) for row in some]
-        axes.plot(steps, values, "o-", markersize=4, label=name)
+        words = name.replace("none", "as it is")
+        axes.plot(steps, values, "o-", markersize=4, label=words, linewidth=3 if name == "none" else 1.5)
         if name == "none":  # the others' are as wide, and of the same seeds
             axes.errorbar(steps, values, errors, fmt="none", capsize=2)
             axes.set_xscale("log")
             axes.set_xticks(steps, [str(count) for count in steps])
             axes.set_xticks([], minor=True)
-    _save(figure, axes, "causal", "steps", "kernel distance to held-out pictures")
+    _save(figure, axes, "causal", "steps", "kernel distance to held-out pictures (less is better)")
 
 
 def draw_over_time() -> None:
