@@ -83,8 +83,10 @@ this file.
 The median distance of a sample to its nearest training picture is {features} times that of a held-out picture in
 features, and {pixels} times in pixels, classes being as frequent on both sides; a copier's would be near 0. Of a
 model that copies nothing 1 % of the samples would be nearer than all but one in a hundred held-out pictures; of
-these {nearer:.1%} are. Kernel and Frechet distance are in the features of EfficientNet-Lite0 and can't be compared with
-FID.
+these {nearer:.1%} are. Of so few held-out pictures that percentile is hardly more than one of them: it would show a
+model that copies everything, and does not rule out copies of single pictures (see Limits). Most of the pictures that
+kernel and Frechet distance compare with were trained on. Both are in the features of EfficientNet-Lite0 and can't be
+compared with FID.
 
 ## Limits
 
