@@ -88,13 +88,13 @@ def _hand_over(function: str, config: type | None, arguments: dict[str, Any]) ->
 
 
 _COMMANDS: dict[str, tuple[str, type | None, str]] = {
-    "train": ("", TrainConfig, "train a generator, or go on with a run"),
-    "sample": ("generate.generate", SampleConfig, "draw pictures with a trained one"),
-    "evaluate": ("evaluation.evaluate.evaluate", EvaluateConfig, "measure the pictures of one"),
-    "export": ("export.export", ExportConfig, "write a trained one for other programs"),
-    "demo": ("demo.serve.serve", DemoConfig, "show a trained one as a web page"),
+    "train": ("", TrainConfig, "train a generator, or resume a run"),
+    "sample": ("generate.generate", SampleConfig, "draw pictures with a trained generator"),
+    "evaluate": ("evaluation.evaluate.evaluate", EvaluateConfig, "measure how good a generator's pictures are"),
+    "export": ("export.export", ExportConfig, "export a generator: diffusers, ONNX, or the Hub"),
+    "demo": ("demo.serve.serve", DemoConfig, "serve a generator as a local web page"),
     "encode": ("data.encode.encode", EncodeConfig, "encode pictures once, for train --cache-latents"),
-    "estimate": ("estimate.report", EstimateConfig, "tell what memory a training will need"),
+    "estimate": ("estimate.report", EstimateConfig, "tell how much memory a training will need"),
     "datasets": ("data.show.datasets", ShowConfig, "list the data sets known by name, or draw what one looks like"),
 }
 _RUN = ("run", "?", "run folder, pipeline folder or Hub id (default: the packaged model)")
@@ -162,7 +162,9 @@ def _parser() -> ArgumentParser:
         usage = f"liquid-diffusion {name} {place}[options]"
         command = _Parser(usage=usage, description=text[0].upper() + text[1:] + ".", formatter_class=_Formatter)
         if config is not None:
-            command.add_argument("--config", action="config", help="YAML file of these options; what follows it wins")
+            command.add_argument(
+                "--config", action="config", help="YAML file of options; those after it take precedence"
+            )
             hints = get_type_hints(config)
             for field in (field for field in fields(config) if field.name != first):
                 flag, hint = "--" + field.name.replace("_", "-"), hints[field.name]
@@ -172,7 +174,7 @@ def _parser() -> ArgumentParser:
         if first:
             command.add_argument(first, type=str, nargs=count, help=what)
         if name in ("datasets", "estimate", "evaluate"):
-            command.add_argument("--json", action="store_true", help="machine-readable")
+            command.add_argument("--json", action="store_true", help="print JSON")
         commands.add_subcommand(name, command, help=text)
         command.prog = f"liquid-diffusion {name}"  # else its mistakes name a command "liquid-diffusion COMMAND ..."
     return parser

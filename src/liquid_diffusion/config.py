@@ -100,7 +100,9 @@ class TrainConfig:
     max_grad_norm: float = _option(1.0, "gradients are clipped to this norm")
     gradient_accumulation: int = _option(1, "parts in which a batch is computed, to save memory")
     gradient_checkpointing: bool = _option(False, "compute activations twice, to save memory")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = _option("auto", "arithmetic; auto is the best the machine has")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = _option(
+        "auto", "arithmetic; auto: the fastest that the machine has"
+    )
     compile: bool | None = _option(
         None,
         "compile the blocks before the first step, which takes half a minute, and record the steps of a GPU (default: "
@@ -273,14 +275,14 @@ class EstimateConfig:
 
     model: str = _option("tiny", "nano, tiny, small or base")
     image_size: int = _option(256, "side of the square pictures")
-    batch_size: int | None = _option(None, "pictures of an optimiser step (default: as train has it)")
-    codec: str | None = _option(None, "pixels or sd-vae (default: as train has it)")
-    cache_latents: bool = _option(True, "train on cached latents: the autoencoder comes in for grids only")
+    batch_size: int | None = _option(None, "pictures of an optimiser step (default: as for train)")
+    codec: str | None = _option(None, "pixels or sd-vae (default: as for train)")
+    cache_latents: bool = _option(True, "train on cached latents: the autoencoder is needed for grids only")
     num_classes: int = _option(0, "number of classes")
     precision: Literal["bf16", "fp16", "fp32"] = _option("bf16", "arithmetic of the device")
     gradient_checkpointing: bool = _option(False, "compute activations twice, to save memory")
     ema_on_cpu: bool = _option(False, "averaged weights in the computer's memory")
-    gpu_memory: float | None = _option(None, "GiB of a card, whose largest batch is asked for")
+    gpu_memory: float | None = _option(None, "GiB of a card: tells the largest batch that fits")
 
     def __post_init__(self) -> None:
         _check_values(self)
