@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from liquid_diffusion.codecs import AutoencoderCodec, PixelCodec, make_codec
 from liquid_diffusion.config import EncodeConfig, RunConfig, TrainConfig
 from liquid_diffusion.data import encode as encoding
 from liquid_diffusion.data.encode import encode, encoding_of
+from liquid_diffusion.data.feed import open_latents
 from liquid_diffusion.data.latents import LatentDataset
 from liquid_diffusion.data.pictures import PictureDataset
 from liquid_diffusion.data.sources import open_source
@@ -142,9 +144,24 @@ def test_a_deterministic_autoencoder(tmp_path: Path, run: Run, photos: Path) -> 
     ],
 )
 def test_others_than_wanted_are_refused(folder: Path, run: Run, changes: dict[str, Any], words: str) -> None:
-    config = run(**changes)
-    with pytest.raises(UserError, match=f"{words}; change one of them, or encode again"):
-        LatentDataset(folder, config, codec_of(config))
+    for own, advice in ((str(folder), "change one of them, or encode"), (True, "choose another --out, or delete that")):
+        config = run(cache_latents=own, **changes)
+        with pytest.raises(UserError, match=f"{words}; {advice}"):
+            LatentDataset(folder, config, codec_of(config))
+
+
+def test_a_worker_that_is_started_anew_maps_the_files_itself(folder: Path, run: Run) -> None:
+    """What is handed over to it are no latents; nor is more than labels read to tell which classes there are."""
+    config = run()
+    latents = LatentDataset(folder, config, codec_of(config))
+    handed_over = pickle.dumps(latents)
+    assert latents.classes_met == {0, 1}
+    assert not latents._mapped
+    images = [latents[0, i]["image"] for i in range(24)]
+    assert len(latents._mapped) == 5
+    assert pickle.dumps(latents) == handed_over
+    copy = pickle.loads(handed_over)
+    assert all(torch.equal(copy[0, i]["image"], image) for i, image in enumerate(images))
 
 
 def test_mirror_images_may_be_left_unused_but_not_missing(folder: Path, run: Run, tmp_path: Path) -> None:
@@ -162,12 +179,14 @@ def test_another_autoencoder_of_the_same_name(folder: Path, run: Run) -> None:
     codec = codec_of(run())
     with torch.no_grad():
         codec.vae.encoder.conv_in.bias.add_(0.1)
-    with pytest.raises(UserError, match="encoded with codec_sha256"):
+    with pytest.raises(
+        UserError, match=r"encoded by another autoencoder of the same name, .*vae; choose another --out"
+    ):
         LatentDataset(folder, run(), codec)
 
 
 def test_what_is_missing_or_damaged(folder: Path, run: Run, tmp_path: Path) -> None:
-    config = run()
+    config = run(cache_latents=str(folder))
     codec = codec_of(config)
     with pytest.raises(UserError, match=r"There are no latents in .*nowhere; write them with `liquid-diffusion encode"):
         LatentDataset(tmp_path / "nowhere", config, codec)
@@ -178,14 +197,60 @@ def test_what_is_missing_or_damaged(folder: Path, run: Run, tmp_path: Path) -> N
     shard.write_bytes(whole[:-1])
     with pytest.raises(UserError, match=r"shard-00000-of-00005.safetensors is damaged; run .* encode. again"):
         _ = LatentDataset(folder, config, codec)[0, 0]
+    with pytest.raises(UserError, match=r"shard-00000-of-00005.safetensors is damaged; the same command encodes it"):
+        _ = LatentDataset(folder, run(), codec)[0, 0]
     shard.unlink()
     with pytest.raises(UserError, match=r"shard-00000-of-00005.safetensors is missing; run .* encode. again"):
         LatentDataset(folder, config, codec)
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["shards"]
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="only a part of the latents"):
+    with pytest.raises(UserError, match=r"The latents in .* are incomplete; write them with"):
         LatentDataset(folder, config, codec)
     (folder / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="are damaged"):
         LatentDataset(folder, config, codec)
+
+
+def test_a_run_encodes_again_what_it_lost_of_its_own(
+    run: Run, tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard that is missing or cut short, and that one alone; the source is opened, and remarked on, once."""
+    monkeypatch.setattr(encoding, "_SHARD", 5)
+    for old, new in (("cat", "train"), ("dog", "test")):
+        (photos / old).rename(photos / new)
+    config = run(out=str(tmp_path / "run"))
+    codec = codec_of(config)
+    begun: list[bool] = []
+
+    def opened() -> LatentDataset:
+        return open_latents(config, codec, lambda: begun.append(True))[0]
+
+    opened()
+    assert capsys.readouterr().err.count("The classes of") == 1
+    files = sorted((tmp_path / "run" / "latents").glob("*.safetensors"))
+    whole = [(path.read_bytes(), path.stat().st_mtime_ns) for path in files]
+    for lost in (files[1], files[3]):
+        if lost == files[1]:
+            lost.unlink()
+        else:
+            lost.write_bytes(lost.read_bytes()[:-1])
+        latents = opened()
+        assert [latents[0, i]["label"] for i in range(24)] == [0] * 12 + [1] * 12
+    assert [path.read_bytes() for path in files] == [content for content, _ in whole]
+    assert [path.stat().st_mtime_ns == then for path, (_, then) in zip(files, whole, strict=True)] == [
+        True, False, True, False, True,
+    ]  # fmt: skip
+    assert capsys.readouterr().err.count("The classes of") == 2
+    opened()
+    assert len(begun) == 3
+
+
+def test_latents_of_a_former_version_name_bad_pictures_too(folder: Path, run: Run) -> None:
+    """Each as one text."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["unreadable"] = ["a: b.png: it is no picture", ["c: d.png", "it is no picture"]]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    latents = LatentDataset(folder, run(), codec_of(run()))
+    assert list(map(str, latents.skipped)) == ["a: b.png: it is no picture", "c: d.png: it is no picture"]
+    assert latents.skipped[1].name == "c: d.png"

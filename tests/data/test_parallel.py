@@ -3,11 +3,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from tqdm import tqdm
 
 from liquid_diffusion.data import parallel
-from liquid_diffusion.data.parallel import map_in_threads
+from liquid_diffusion.data.parallel import map_in_threads, map_pictures
 
 
 def test_results_come_in_order_and_few_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,3 +66,16 @@ def test_an_error_is_raised_where_it_is_met_and_ends_the_work() -> None:
         assert [next(found) for _ in range(20)] == [1 / (20 - number) for number in range(20)]
         with pytest.raises(ZeroDivisionError):
             next(found)
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_of_several_processes_the_first_has_the_bar(
+    main: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def at_once(*args: Any, delay: float, **options: Any) -> tqdm[int]:
+        return tqdm(*args, **options)
+
+    monkeypatch.setattr(parallel, "tqdm", at_once)
+    monkeypatch.setattr(parallel, "process_state", lambda: SimpleNamespace(is_main_process=main))
+    assert list(map_pictures(abs, [-1, -2], "Counting")) == [1, 2]
+    assert ("Counting" in capsys.readouterr().err) == main

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,14 @@ from PIL import Image
 from liquid_diffusion.config import TrainConfig
 from liquid_diffusion.data import pictures
 from liquid_diffusion.data.feed import describe
-from liquid_diffusion.data.pictures import BucketedBatches, PictureDataset, ShuffledBatches, collate
+from liquid_diffusion.data.pictures import (
+    BucketedBatches,
+    PictureDataset,
+    ShuffledBatches,
+    collate,
+    is_mirrored,
+    stable_hash,
+)
 from liquid_diffusion.data.sources import open_source
 from liquid_diffusion.errors import UserError
 from liquid_diffusion.resolve import resolve
@@ -83,14 +91,14 @@ def test_pictures_get_the_nearest_shape(in_memory: bool, tmp_path: Path, monkeyp
         monkeypatch.setattr(pictures, "IN_MEMORY_BYTES", 0)
     dataset = PictureDataset(open_source(str(tmp_path)), 32, shapes=[(40, 24), (32, 32), (24, 40)])
     shapes = [tuple(dataset[0, i]["image"].shape[1:]) for i in range(len(dataset))]
-    assert "5.png" in " ".join(dataset.skipped)
+    assert "5.png" in " ".join(map(str, dataset.skipped))
     if in_memory:
         assert dataset.groups == [((40, 24), [1]), ((32, 32), [0, 2]), ((24, 40), [3])]
         assert dataset.usual_shape == (32, 32)
         assert len(dataset.skipped) == 2
     else:
         assert dataset.groups == [((40, 24), [2]), ((32, 32), [0, 3]), ((24, 40), [1, 4])]
-        assert "1.png" in dataset.picture(1)["skipped"][0]
+        assert "1.png" in dataset.picture(1)["skipped"][0].name
     for shape, indices in dataset.groups:
         assert all(shapes[i] == shape for i in indices)
     assert sorted(len(batch) for batch in dataset.spread(10, 1)) == [1] * len(dataset)
@@ -114,7 +122,8 @@ def test_flips_are_half_and_differ_between_epochs(photos: Path) -> None:
         assert torch.equal(seen, plain) or torch.equal(seen, plain.flip(-1))
         flips += not torch.equal(seen, plain)
     assert 200 < flips < 280
-    assert torch.equal(dataset.picture(0)["image"], dataset.picture(0)["image"])
+    never = PictureDataset(open_source(str(photos)), 32)
+    assert all(torch.equal(dataset.picture(i)["image"], never[0, i]["image"]) for i in range(24))  # it is as it was
     again = PictureDataset(open_source(str(photos)), 32, flip=True, seed=3)
     assert all(torch.equal(dataset[e, 5]["image"], again[e, 5]["image"]) for e in range(20))
 
@@ -156,14 +165,49 @@ def test_bad_pictures_are_skipped_and_named(photos: Path, in_memory: bool, monke
     images, labels, skipped = collate(items)
     named = dataset.skipped + skipped
     assert len(named) == 1
-    assert "00.png" in named[0]
+    assert named[0].name == str(photos / "dog" / "00.png")
     assert images.shape == (len(dataset), 3, 32, 32)
-    assert labels.tolist() == [0] * 12 + [1] * (len(dataset) - 12)
     if in_memory:
-        assert len(dataset) == 23
+        assert labels.tolist() == [0] * 12 + [1] * 11
     else:
         assert len(dataset) == 24
-        assert torch.equal(items[12]["image"], items[13]["image"])  # the next one stands in
+        standing_in = [i for i in range(24) if i != 12 and torch.equal(items[i]["image"], items[12]["image"])]
+        assert [labels[i] for i in standing_in] == [labels[12]]  # one of the others, with its own label
+
+
+def test_no_picture_stands_in_for_a_whole_run_of_bad_ones(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All dogs can't be read: each cat has its share of their places, others in each epoch, the same each time."""
+    for path in (photos / "dog").iterdir():
+        path.write_bytes(b"")
+    monkeypatch.setattr(pictures, "IN_MEMORY_BYTES", 0)
+    dataset, again = (PictureDataset(open_source(str(photos)), 8, seed=3) for _ in range(2))
+    cats = [dataset[0, i]["image"] for i in range(12)]
+
+    def stands_in(found: PictureDataset, epoch: int, index: int) -> int:
+        image = found[epoch, index]["image"]
+        return next(i for i, cat in enumerate(cats) if torch.equal(cat, image))
+
+    places = list(itertools.product(range(20), range(12, 24)))
+    taken = [stands_in(dataset, *place) for place in places]
+    counts = Counter(taken)
+    assert len(counts) == 12
+    assert max(counts.values()) <= 38  # of 240, 20 each: four standard deviations more
+    assert len({tuple(taken[epoch * 12 : epoch * 12 + 12]) for epoch in range(20)}) == 20
+    assert [stands_in(again, *place) for place in places[:24]] == taken[:24]
+    monkeypatch.setattr(pictures, "_STAND_INS", 0)
+    with pytest.raises(UserError, match="Not one of the 1 pictures can be read"):
+        _ = dataset[0, 12]
+
+
+def test_draws_are_those_that_former_runs_made() -> None:
+    """Their numbers in `stable_hash` are written into every run that is to be resumed."""
+    assert (pictures.ORDER, pictures.MIRROR, pictures.CROP) == (0, 1, 2)
+    assert (pictures.SHAPES, pictures.CHUNKS, pictures.WINDOW) == (3, 4, 5)
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(stable_hash(1, 0, 0))).tolist()
+    assert [index for _, index in take(ShuffledBatches(10, 10, seed=1), 1)[0]] == order
+    mirrored = [stable_hash(3, 1, epoch, 5) % 2 == 1 for epoch in range(20)]
+    assert [is_mirrored(True, 3, epoch, 5) for epoch in range(20)] == mirrored
+    assert stable_hash(3, 1, 0, 5) == 8784222661510220614
 
 
 @pytest.mark.parametrize("in_memory", [True, False])

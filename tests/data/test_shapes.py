@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -39,6 +40,28 @@ def test_size_is_that_of_the_turned_picture(orientation: int, kind: str) -> None
     Image.new("RGB", (6, 2)).save(stored, kind, exif=exif)
     with Image.open(stored) as image:
         assert size_of(stored.getvalue()) == ImageOps.exif_transpose(image).size
+
+
+def with_orientation(kind: int, count: int, value: bytes) -> bytes:
+    """The EXIF of a picture whose orientation has any TIFF type, and four bytes of value."""
+    return b"Exif\0\0MM\0*" + struct.pack(">IHHHI", 8, 1, 0x0112, kind, count) + value + bytes(4)
+
+
+@pytest.mark.parametrize(
+    "exif",
+    [
+        with_orientation(3, 1, struct.pack(">HH", 9, 0)),
+        with_orientation(3, 1, struct.pack(">HH", 6 << 8, 0)),  # 6 in the other order of bytes
+        with_orientation(2, 2, b"6\0\0\0"),
+    ],
+    ids=["9", "1536", "text"],
+)
+def test_an_orientation_that_is_none_turns_nothing(exif: bytes) -> None:
+    stored = io.BytesIO()
+    Image.new("RGB", (6, 2)).save(stored, "JPEG", exif=exif)
+    with Image.open(stored) as image:
+        assert image.getexif()[0x0112] in (9, 1536, "6")
+        assert size_of(stored.getvalue()) == ImageOps.exif_transpose(image).size == (6, 2)
 
 
 def test_only_the_header_is_needed() -> None:

@@ -57,6 +57,16 @@ def test_captions_are_said_to_be_unused(little_hub: LittleHub, tmp_path: Path, c
     assert sorted(numbers.flatten())[:20] == list(range(20))  # the other cells are white
 
 
+def test_a_folder_of_the_name_of_a_data_set_has_no_captions(
+    photos: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photos.rename(photos.parent / "pokemon")
+    monkeypatch.chdir(photos.parent)
+    assert main(["datasets", "show", "pokemon", "--out", "g.png"]) == 0
+    assert "captions" not in (said := capsys.readouterr().out)
+    assert "Classes: cat, dog." in said
+
+
 def test_bad_pictures_are_told(photos: Path, tmp_path: Path, capsys: Capture) -> None:
     (photos / "cat" / "01.png").write_bytes(b"")
     assert main(["datasets", "show", str(photos), "--out", str(tmp_path / "g.png")]) == 0

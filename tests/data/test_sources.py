@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import io
 import json
 import math
+import os
 import shutil
 import struct
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -15,7 +18,8 @@ import PIL.features
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
 from datasets import Image as ImageFeature
-from hub_sets import encoded
+from hub_sets import encoded, picture
+from little_hub import LittleHub
 from PIL import Image, ImageFile
 
 from liquid_diffusion.data.registry import DATASETS
@@ -136,6 +140,49 @@ def test_what_is_hidden_is_no_picture(photos: Path) -> None:
     assert (len(source), source.label_names) == (24, ["cat", "dog"])
     hidden = photos.rename(photos.parent / ".photos")  # what lies above does not count
     assert len(open_source(str(hidden))) == 24
+
+
+def test_a_folder_that_can_not_be_read_is_named(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not vanish; but for those that a system keeps for itself. Nor may a file be out of reach."""
+    scandir, locked = os.scandir, {"dog"}
+
+    def guarded(path: str) -> object:
+        if Path(path).name in locked:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)  # root may read everything
+    with pytest.raises(UserError, match=r"photos.dog can't be read \(Permission denied\); make it readable"):
+        FolderSource(photos)
+    locked = {"lost+found", ".Trash-0"}
+    for name in locked:
+        (photos / name).mkdir()
+    assert len(FolderSource(photos)) == 24
+
+    def refuse(path: Path) -> bool:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(UserError, match=r"\.png can't be read \(Permission denied\)"):
+        FolderSource(photos)
+
+
+@pytest.mark.parametrize("kind", ["zip", "png"])
+@pytest.mark.parametrize("columns", [{"image_column": "kind"}, {"label_column": "kind"}])
+def test_zips_and_loose_pictures_are_streamed_without_columns(
+    little_hub: LittleHub, kind: str, columns: dict[str, str]
+) -> None:
+    folder = little_hub.repo("some/pictures")
+    if kind == "zip":
+        with zipfile.ZipFile(folder / "all.zip", "w") as archive:
+            archive.writestr("1.png", picture(1))
+    else:
+        (folder / "1.png").write_bytes(picture(1))
+    assert open_shards("some/pictures") is not None
+    with pytest.raises(UserError, match=rf"consists of \.{kind} files, which have no column 'kind' when they are"):
+        open_shards("some/pictures", **columns)
+    with pytest.raises(UserError, match="no column 'kind'"):
+        open_source("some/pictures", **columns)  # which may have columns, where it is a table
 
 
 def test_a_folder_goes_before_a_name(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:

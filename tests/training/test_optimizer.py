@@ -61,6 +61,29 @@ def test_it_steps_like_torchs_muon_and_adamw() -> None:
         torch.testing.assert_close(mine, theirs)
 
 
+def test_a_closure_is_called_before_the_step() -> None:
+    """What it computes are the gradients of this step, and what it returns is handed back."""
+    stepped = []
+    for by_closure in (False, True):
+        mixer, other = nn.Parameter(torch.eye(4)), nn.Parameter(torch.ones(3))
+        optimizer = Muon([mixer], [], [other], lr=0.1, weight_decay=0.0)
+
+        def loss(mixer: nn.Parameter = mixer, other: nn.Parameter = other) -> float:
+            total = mixer.square().sum() + other.square().sum()
+            total.backward()
+            return total.item()
+
+        if by_closure:
+            assert optimizer.step(loss) == 7
+        else:
+            loss()
+            optimizer.step()
+        stepped.append((mixer, other))
+    for one, two in zip(*stepped, strict=True):
+        assert torch.equal(one, two)
+        assert one.max() < 1
+
+
 def test_every_convolution_inside_is_a_mixer_and_nothing_else() -> None:
     model = LiquidUNet(in_channels=12, num_classes=3, widths=(32, 64), depths=(1, 1), ratio=2)
     chosen = {id(weight) for weight in channel_mixers(model)}
@@ -76,7 +99,7 @@ def test_the_weights_that_read_the_condition() -> None:
     model = LiquidUNet(in_channels=12, num_classes=3, widths=(32, 64), depths=(1, 1), ratio=2, condition_channels=64)
     chosen = {id(weight) for weight in condition_weights(model)}
     names = {name for name, parameter in model.named_parameters() if id(parameter) in chosen}
-    readers = ("time_gate.weight", "time_relaxation.weight", "modulation.weight")  # of pool_gate, as wide, none
+    readers = ("time_gate.weight", "time_relaxation.weight", "modulation.weight")
     assert names == {n for n, _ in model.named_parameters() if n.endswith(readers)} | {"condition.linear_2.weight"}
 
 

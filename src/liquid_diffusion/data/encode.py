@@ -34,7 +34,7 @@ from liquid_diffusion.config import EncodeConfig, RunConfig, TrainConfig, encode
 from liquid_diffusion.data.parallel import errors_of_workers, leave_ending_to_main_process
 from liquid_diffusion.data.pictures import choose_shapes
 from liquid_diffusion.data.shapes import bucket_shapes
-from liquid_diffusion.data.sources import BadPictureError, Source, listing_of, open_source, same_setting
+from liquid_diffusion.data.sources import BadPicture, BadPictureError, Source, listing_of, open_source, same_setting
 from liquid_diffusion.data.split import split
 from liquid_diffusion.data.transforms import Shape, to_float, to_shape, to_uint8
 from liquid_diffusion.errors import UserError
@@ -91,31 +91,42 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest
 
 
+def _facts(path: Path) -> dict[str, Any] | None:
+    """What a finished shard tells of itself; None where it is missing or cut short."""
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads(file.metadata()["facts"])
+    except (OSError, SafetensorError):
+        return None
+
+
 def is_whole(folder: Path) -> bool:
-    """Whether an encoding in a folder came to its end.
+    """Whether an encoding in a folder came to its end, and its files are still there.
 
     Raises:
         UserError: see `read_manifest`.
     """
     manifest = read_manifest(folder)
-    return manifest is not None and "shards" in manifest
+    if manifest is None or "shards" not in manifest:
+        return False
+    return all(_facts(folder / shard["file"]) is not None for shard in manifest["shards"])
 
 
-class _Batches(Dataset[tuple[Tensor, Tensor, list[str]]]):
-    """Pictures (B, 3, H, W) uint8, labels (B,) int64 and the names of those that can't be read, by shape and number."""
+class _Batches(Dataset[tuple[Tensor, Tensor, list[BadPicture]]]):
+    """Pictures (B, 3, H, W) uint8, labels (B,) int64 and those that can't be read, by shape and number."""
 
     def __init__(self, source: Source, crop: str) -> None:
         self.source = source
         self.crop = crop
 
-    def __getitem__(self, key: tuple[Shape, tuple[int, ...]]) -> tuple[Tensor, Tensor, list[str]]:
+    def __getitem__(self, key: tuple[Shape, tuple[int, ...]]) -> tuple[Tensor, Tensor, list[BadPicture]]:
         shape, indices = key
         images, labels, skipped = [torch.empty(0, 3, *shape, dtype=torch.uint8)], [], []
         for index in indices:
             try:
                 image, label = self.source.read(index, shape)
             except BadPictureError as error:
-                skipped.append(str(error))
+                skipped.append(error.picture)
             else:
                 images.append(to_uint8(to_shape(image, shape, self.crop))[None])
                 labels.append(label)
@@ -148,7 +159,7 @@ class Encoding:
         square = (config.image_size, config.image_size)
         shapes = bucket_shapes(config.image_size, multiple) if config.buckets else [square]
         numbered = [(index, 0) for index in chosen]
-        self._unreadable: list[str] = []
+        self._unreadable: list[BadPicture] = []
         if config.buckets:
             numbered, self._unreadable = choose_shapes(self.source, chosen, shapes)
         self._plan: dict[str, Any] = {
@@ -162,7 +173,7 @@ class Encoding:
             "label_names": self.source.label_names,
         }
         self._shards = list(self._cut(numbered, shapes))
-        self._done = {shard.file for shard in self._shards if self._facts(shard) is not None}
+        self._done = {shard.file for shard in self._shards if _facts(self.folder / shard.file) is not None}
         self._check_folder()
         free = shutil.disk_usage(_nearest_existing(self.folder)).free
         if self.bytes_to_write > free:
@@ -193,15 +204,9 @@ class Encoding:
                 what = f"with {name} {before.get(name)}, not {value}"
                 if name == "source_listing":
                     what = f"of {self.config.data} as it was before files were renamed, or moved between classes"
+                elif name == "codec_sha256":
+                    what = f"by another autoencoder of the same name, {self.config.codec}"
                 raise UserError(f"{self.folder} holds latents {what}; choose another folder, or delete this one.")
-
-    def _facts(self, shard: _Shard) -> dict[str, Any] | None:
-        """What a finished shard tells of itself; None where it is missing or cut short."""
-        try:
-            with safe_open(self.folder / shard.file, "pt") as file:
-                return json.loads(file.metadata()["facts"])
-        except (OSError, SafetensorError):
-            return None
 
     @property
     def bytes_to_write(self) -> int:
@@ -312,10 +317,10 @@ class Encoding:
     def _finished_manifest(self) -> dict[str, Any]:
         shards, unreadable, sums = [], list(self._unreadable), []
         for shard in self._shards:
-            facts = self._facts(shard)
+            facts = _facts(self.folder / shard.file)
             if facts is None:
-                raise UserError(f"{self.folder / shard.file} was taken away while others were written; encode again.")
-            unreadable += facts["unreadable"]
+                raise UserError(f"{self.folder / shard.file} was deleted meanwhile; give the same command again.")
+            unreadable += bad_pictures(facts["unreadable"])
             sums.append(facts["sums"])
             if facts["pictures"]:
                 height, width = shard.shape
@@ -327,6 +332,11 @@ class Encoding:
         std = np.sqrt(np.maximum(squares / count - mean**2, 1e-6))
         statistics = {"mean": mean.tolist(), "std": std.tolist()}
         return {**self._plan, "unreadable": unreadable, "statistics": statistics, "shards": shards}
+
+
+def bad_pictures(stored: list[Any]) -> list[BadPicture]:
+    """The pictures that a manifest or a shard says can't be read; older ones have "NAME: REASON" for each."""
+    return [BadPicture(*(bad.split(": ", 1) if isinstance(bad, str) else bad)) for bad in stored]
 
 
 def _sums(tensors: dict[str, Tensor]) -> tuple[int, list[float], list[float]]:

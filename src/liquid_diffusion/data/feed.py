@@ -15,7 +15,7 @@ from liquid_diffusion.data.latents import LatentDataset
 from liquid_diffusion.data.parallel import errors_of_workers, leave_ending_to_main_process
 from liquid_diffusion.data.pictures import BucketedBatches, PictureDataset, collate
 from liquid_diffusion.data.shapes import bucket_shapes
-from liquid_diffusion.data.sources import listing_of, open_shards, open_source
+from liquid_diffusion.data.sources import BadPicture, listing_of, open_shards, open_source
 from liquid_diffusion.data.split import split
 from liquid_diffusion.data.stream import PictureStream
 from liquid_diffusion.errors import UserError
@@ -64,7 +64,8 @@ def open_latents(run: RunConfig, codec: Codec, begin: Callable[[], None]) -> tup
     """
     own = run.cache_latents is True
     folder = Path(run.out if own else str(run.cache_latents)).expanduser() / ("latents" if own else "")
-    if own and not is_whole(folder):
+    to_encode = own and not is_whole(folder)
+    if to_encode:
         state = process_state()
         encoding = Encoding(encoding_of(run, folder), codec, state)
         if state.is_main_process:
@@ -72,7 +73,8 @@ def open_latents(run: RunConfig, codec: Codec, begin: Callable[[], None]) -> tup
         state.print(encoding.summary())
         encoding.run()
     dataset = LatentDataset(folder, run, codec)
-    _check_unchanged(run, dataset)
+    if not to_encode:  # else it has just been seen
+        _check_unchanged(run, dataset)
     return dataset, dataset.held_out
 
 
@@ -118,7 +120,9 @@ def _without_pictures(feed: Feed) -> str:
     return f"; no picture to train on: {', '.join(never[:_NAMES_TOLD])}{more}"
 
 
-def open_batches(feed: Feed, batch_size: int, start: int, workers: int) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+def open_batches(
+    feed: Feed, batch_size: int, start: int, workers: int
+) -> Iterator[tuple[Tensor, Tensor, list[BadPicture]]]:
     """Batches of this process among those of its launch, without end.
 
     Args:
@@ -128,7 +132,7 @@ def open_batches(feed: Feed, batch_size: int, start: int, workers: int) -> Itera
         workers: processes that read, at most as many as there are cores; none where all is in memory.
 
     Yields:
-        images or latents' posteriors (B, ...), labels (B,) int64, and the names of pictures that can't be read.
+        images or latents' posteriors (B, ...), labels (B,) int64, and the pictures that can't be read.
 
     Raises:
         UserError: the pictures can't be had any more.

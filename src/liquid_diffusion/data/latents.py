@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch.utils.data import Dataset
 
 from liquid_diffusion.codecs import AutoencoderCodec, Codec
 from liquid_diffusion.config import RunConfig
-from liquid_diffusion.data.encode import PIXELS_NEED_NO_CACHE, read_manifest, settings
+from liquid_diffusion.data.encode import PIXELS_NEED_NO_CACHE, bad_pictures, read_manifest, settings
 from liquid_diffusion.data.pictures import IN_MEMORY_BYTES, Item, is_mirrored
 from liquid_diffusion.data.ranged import SourceLostError
 from liquid_diffusion.data.sources import same_setting
@@ -44,20 +46,23 @@ class LatentDataset(Dataset[Item]):
             raise UserError(PIXELS_NEED_NO_CACHE)
         manifest = read_manifest(folder)
         if manifest is None or "shards" not in manifest:
-            part = "only a part of the latents" if manifest else "no latents"
-            raise UserError(f"There are {part} in {folder}; write them with `liquid-diffusion encode --out {folder}`.")
+            what = f"The latents in {folder} are incomplete" if manifest else f"There are no latents in {folder}"
+            raise UserError(f"{what}; write them with `liquid-diffusion encode --out {folder}`.")
+        own = run.cache_latents is True
+        again = "choose another --out, or delete that folder" if own else "change one of them, or encode again"
+        self._mend = "the same command encodes it again" if own else "run `liquid-diffusion encode` again"
         for name, value in settings(run, codec).items():
             found = manifest["settings"].get(name)
             unused = name == "flip" and found  # the mirror images
             if not unused and not same_setting(name, found, value):
-                raise UserError(
-                    f"The latents in {folder} were encoded with {name} {found}, but the training has {value}; "
-                    "change one of them, or encode again."
-                )
+                what = f"with {name} {found}, but the training has {value}"
+                if name == "codec_sha256":
+                    what = f"by another autoencoder of the same name, {run.codec}"
+                raise UserError(f"The latents in {folder} were encoded {what}; {again}.")
         self.folder = folder
         self.seed = run.seed
         self.flip = run.flip
-        self.skipped: list[str] = manifest["unreadable"]
+        self.skipped = bad_pictures(manifest["unreadable"])
         self.held_out: int = manifest["held_out"]
         self.total: int = manifest["source_pictures"]
         self.listing: str | None = manifest.get("source_listing")
@@ -68,7 +73,11 @@ class LatentDataset(Dataset[Item]):
         self._mapped: dict[int, dict[str, Tensor]] = {}
         for shard in self._shards:
             if not (folder / shard["file"]).is_file():
-                raise UserError(f"{folder / shard['file']} is missing; run `liquid-diffusion encode` again.")
+                raise UserError(f"{folder / shard['file']} is missing; {self._mend}.")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a worker that is no copy of this process: it maps the files itself instead of getting their content."""
+        return {**self.__dict__, "_mapped": {}}
 
     @property
     def in_memory(self) -> bool:
@@ -87,8 +96,11 @@ class LatentDataset(Dataset[Item]):
     @property
     def classes_met(self) -> set[int]:
         """The classes that have a picture in this set."""
-        labels = [self._shard(number)["label"] for number in range(len(self._shards))]
-        return set(torch.cat(labels).tolist())
+        met: set[int] = set()
+        for number in range(len(self._shards)):
+            with self._opened(number) as file:
+                met.update(file.get_tensor("label").tolist())
+        return met
 
     @property
     def usual_shape(self) -> Shape:
@@ -98,15 +110,20 @@ class LatentDataset(Dataset[Item]):
     def __len__(self) -> int:
         return self._starts[-1]
 
+    @contextlib.contextmanager
+    def _opened(self, number: int) -> Iterator[safe_open]:
+        path = self.folder / self._shards[number]["file"]
+        try:
+            with safe_open(path, "pt") as file:
+                yield file
+        except (OSError, SafetensorError) as error:
+            raise SourceLostError(f"{path} is damaged; {self._mend}.") from error
+
     def _shard(self, number: int) -> dict[str, Tensor]:
         """Its tensors, mapped: a page of the file is read when a number on it is."""
         if number not in self._mapped:
-            path = self.folder / self._shards[number]["file"]
-            try:
-                with safe_open(path, "pt") as file:
-                    self._mapped[number] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            except (OSError, SafetensorError) as error:
-                raise SourceLostError(f"{path} is damaged; run `liquid-diffusion encode` again.") from error
+            with self._opened(number) as file:
+                self._mapped[number] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return self._mapped[number]
 
     def __getitem__(self, key: tuple[int, int]) -> Item:

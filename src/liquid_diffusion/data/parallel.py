@@ -9,12 +9,14 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+from tqdm import tqdm
+
 from liquid_diffusion.errors import UserError
-from liquid_diffusion.hardware import at_most_cores
+from liquid_diffusion.hardware import at_most_cores, process_state
 
 _MOST_THREADS = 16
 _AHEAD = 4  # results for each thread that may wait to be taken
@@ -53,6 +55,19 @@ def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item]) ->
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def map_pictures(function: Callable[[Item], Result], items: Sequence[Item], doing: str) -> Iterator[Result]:
+    """`map_in_threads` with a progress bar where it takes long; of several processes the first one has it.
+
+    Args:
+        function: what is done with each item.
+        items: pictures, or what stands for them.
+        doing: what the bar says.
+    """
+    hidden = not process_state().is_main_process
+    every = map_in_threads(function, items)
+    yield from tqdm(every, doing, len(items), unit="picture", leave=False, delay=2, disable=hidden)
 
 
 def leave_ending_to_main_process(_worker: int = 0) -> None:

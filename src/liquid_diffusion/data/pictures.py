@@ -6,23 +6,29 @@ import hashlib
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import TypedDict
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
-from tqdm import tqdm
 
 from liquid_diffusion.codecs import Codec
-from liquid_diffusion.data.parallel import map_in_threads
+from liquid_diffusion.data.parallel import map_pictures
 from liquid_diffusion.data.ranged import SourceLostError
 from liquid_diffusion.data.shapes import nearest_shape, size_of
-from liquid_diffusion.data.sources import BadPictureError, Source
+from liquid_diffusion.data.sources import BadPicture, BadPictureError, Source, listing_of
 from liquid_diffusion.data.transforms import Shape, to_float, to_shape, to_uint8
 from liquid_diffusion.errors import UserError
 
 # A set whose sized pictures take less memory than this is decoded once, before training.
 IN_MEMORY_BYTES = 512 * 2**20
+_STAND_INS = 1000  # that are tried for a picture that can't be read
+
+# What is drawn from a seed, so that each draw has numbers of its own, see `stable_hash`: the order of an epoch, which
+# pictures are mirrored, crops, the shapes of batches; of a stream its chunks and the rows of a window; stand-ins. With
+# other numbers a run would not resume with the pictures that were to come.
+ORDER, MIRROR, CROP, SHAPES, CHUNKS, WINDOW, STAND_IN = range(7)
 
 
 class Item(TypedDict):
@@ -30,7 +36,7 @@ class Item(TypedDict):
 
     image: Tensor
     label: int
-    skipped: list[str]
+    skipped: list[BadPicture]
 
 
 class PictureFeed(ABC):
@@ -56,8 +62,8 @@ class PictureFeed(ABC):
 class PictureDataset(PictureFeed, Dataset[Item]):
     """Pictures of a source in one shape or a few, asked for as (epoch, index).
 
-    A picture that can't be read is replaced by the next one and named in `Item.skipped`. A set that fits in memory is
-    decoded when this is made; its bad pictures are left out and named in `skipped`.
+    A picture that can't be read is replaced by another, drawn from (seed, epoch, index), and named in `Item.skipped`. A
+    set that fits in memory is decoded when this is made; its bad pictures are left out and named in `skipped`.
 
     Args:
         source: where they come from.
@@ -89,7 +95,7 @@ class PictureDataset(PictureFeed, Dataset[Item]):
         self.seed = seed
         self.crop = crop
         self.shapes = list(shapes or [(image_size, image_size)])
-        self.skipped: list[str] = []
+        self.skipped: list[BadPicture] = []
         self.indices = list(range(len(source)) if indices is None else indices)
         self._shape_of = [0] * len(self.indices)
         self._decoded: list[tuple[Tensor, int]] | None = None
@@ -112,6 +118,11 @@ class PictureDataset(PictureFeed, Dataset[Item]):
     def total(self) -> int:
         """Pictures in the source, those held out and the bad ones included."""
         return len(self.source)
+
+    @cached_property
+    def listing(self) -> str | None:
+        """See `listing_of`."""
+        return listing_of(self.source)
 
     @property
     def in_memory(self) -> bool:
@@ -153,35 +164,41 @@ class PictureDataset(PictureFeed, Dataset[Item]):
 
         decoded, good = [], []
         keys = list(zip(self.indices, self._shape_of, strict=True))
-        every = map_in_threads(read, keys)
-        bar = tqdm(every, "Reading pictures", len(keys), unit="picture", leave=False, delay=2)
-        for key, found in zip(keys, bar, strict=True):
+        for key, found in zip(keys, map_pictures(read, keys, "Reading pictures"), strict=True):
             if isinstance(found, BadPictureError):
-                self.skipped.append(str(found))
+                self.skipped.append(found.picture)
             else:
                 decoded.append(found)
                 good.append(key)
         self._keep(good)
         self._decoded = decoded
 
-    def picture(self, index: int, draws: random.Random | None = None) -> Item:
-        """Picture `index`, never mirrored, or the first readable one after it, in the shape that `index` has.
+    def _candidates(self, index: int, epoch: int) -> Iterator[int]:
+        """A picture, and those that stand in for it one after the other; from all over the set, whatever is bad."""
+        yield index
+        draws = random.Random(stable_hash(self.seed, STAND_IN, epoch, index))
+        others = draws.sample(range(len(self)), min(_STAND_INS, len(self)))
+        yield from (other for other in others if other != index)
+
+    def picture(self, index: int, epoch: int | None = None) -> Item:
+        """Picture `index`, never mirrored, or one that stands in for it, in the shape that `index` has.
 
         Args:
             index: number in this set.
-            draws: for a random crop; without it the crop is from the middle.
+            epoch: whose random crop and stand-in it is; without it the crop is from the middle.
         """
         if self._decoded is not None:
             image, label = self._decoded[index]
             return {"image": image, "label": label, "skipped": []}
-        skipped: list[str] = []
-        for step in range(len(self)):
+        skipped: list[BadPicture] = []
+        draws = None if epoch is None else random.Random(stable_hash(self.seed, CROP, epoch, index))
+        for candidate in self._candidates(index, epoch or 0):
             try:
-                image, label = self._read(self.indices[(index + step) % len(self)], self._shape_of[index], draws)
+                image, label = self._read(self.indices[candidate], self._shape_of[index], draws)
                 return {"image": image, "label": label, "skipped": skipped}
             except BadPictureError as error:
-                skipped.append(str(error))
-        raise SourceLostError(f"Not one of the {len(self)} pictures can be read; the first: {skipped[0]}.")
+                skipped.append(error.picture)
+        raise SourceLostError(f"Not one of the {len(skipped)} pictures can be read; the first: {skipped[0]}.")
 
     def spread(self, count: int, batch_size: int) -> Iterator[Tensor]:
         """See `PictureFeed.spread`: `count` pictures at equal distances, or all if there are fewer."""
@@ -194,7 +211,7 @@ class PictureDataset(PictureFeed, Dataset[Item]):
 
     def __getitem__(self, key: tuple[int, int]) -> Item:
         epoch, index = key
-        item = self.picture(index, random.Random(stable_hash(self.seed, 2, epoch, index)))
+        item = self.picture(index, epoch)
         if is_mirrored(self.flip, self.seed, epoch, index):
             item["image"] = item["image"].flip(-1)
         return item
@@ -202,26 +219,24 @@ class PictureDataset(PictureFeed, Dataset[Item]):
 
 def choose_shapes(
     source: Source, indices: Sequence[int], shapes: Sequence[Shape]
-) -> tuple[list[tuple[int, int]], list[str]]:
+) -> tuple[list[tuple[int, int]], list[BadPicture]]:
     """The shape that suits each picture best, by the headers of the files.
 
     Returns:
-        (number in the source, number of the shape) of each picture whose header can be read; the names of the others.
+        (number in the source, number of the shape) of each picture whose header can be read; the others.
     """
 
-    def shape_of(index: int) -> int | str:
+    def shape_of(index: int) -> int | BadPicture:
         try:
             return nearest_shape(size_of(source.content(index)), shapes)
         except BadPictureError as error:
-            return str(error)
+            return error.picture
         except Exception as error:  # a decoder may raise anything: struct.error, RuntimeError, ...
-            return f"{source.name(index)}: {error}"
+            return BadPicture(source.name(index), str(error))
 
     good, skipped = [], []
-    every = map_in_threads(shape_of, indices)
-    bar = tqdm(every, "Reading sizes", len(indices), unit="picture", leave=False, delay=2)
-    for index, found in zip(indices, bar, strict=True):
-        if isinstance(found, str):
+    for index, found in zip(indices, map_pictures(shape_of, indices, "Reading sizes"), strict=True):
+        if isinstance(found, BadPicture):
             skipped.append(found)
         else:
             good.append((index, found))
@@ -230,7 +245,7 @@ def choose_shapes(
 
 def is_mirrored(flip: bool, seed: int, epoch: int, index: int) -> bool:
     """Whether picture `index` is mirrored in an epoch, where pictures are mirrored at all."""
-    return flip and stable_hash(seed, 1, epoch, index) % 2 == 1
+    return flip and stable_hash(seed, MIRROR, epoch, index) % 2 == 1
 
 
 def stable_hash(*numbers: int) -> int:
@@ -266,7 +281,7 @@ class ShuffledBatches(Sampler[list[tuple[int, int]]]):
                 if position // self.size != epoch:
                     epoch = position // self.size
                     order = torch.randperm(
-                        self.size, generator=torch.Generator().manual_seed(stable_hash(self.seed, 0, epoch))
+                        self.size, generator=torch.Generator().manual_seed(stable_hash(self.seed, ORDER, epoch))
                     )
                 batch.append((epoch, int(order[position % self.size])))
             first += self.batch_size
@@ -294,7 +309,7 @@ class BucketedBatches(Sampler[list[tuple[int, int]]]):
 
     def _order(self, round_: int) -> list[int]:
         """The groups of as many batches as there are pictures."""
-        generator = torch.Generator().manual_seed(stable_hash(self.seed, 3, round_))
+        generator = torch.Generator().manual_seed(stable_hash(self.seed, SHAPES, round_))
         return self._group_of[torch.randperm(len(self._group_of), generator=generator)].tolist()
 
     def _stream(self, group: int, start: int) -> Iterator[list[tuple[int, int]]]:
@@ -314,8 +329,8 @@ class BucketedBatches(Sampler[list[tuple[int, int]]]):
             order = self._order(round_)
 
 
-def collate(items: list[Item]) -> tuple[Tensor, Tensor, list[str]]:
-    """Items -> images (B, 3, H, W) uint8, labels (B,) int64, all skipped names."""
+def collate(items: list[Item]) -> tuple[Tensor, Tensor, list[BadPicture]]:
+    """Items -> images (B, 3, H, W) uint8, labels (B,) int64, all that were skipped."""
     images = torch.stack([item["image"] for item in items])
     labels = torch.tensor([item["label"] for item in items])
-    return images, labels, [name for item in items for name in item["skipped"]]
+    return images, labels, [bad for item in items for bad in item["skipped"]]

@@ -12,7 +12,7 @@ from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 from liquid_diffusion.data.transforms import Shape
 
 _MOST_ASPECT = 2.0  # long side to short side; a picture that is longer still is cropped or padded to it
-_EXIF_ORIENTATION, _FIRST_TURNED = 0x0112, 5  # orientations from 5 to 8 lie on their side
+_EXIF_ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # there may be anything else, which turns nothing
 
 
 def bucket_shapes(side: int, multiple: int) -> list[Shape]:
@@ -55,4 +55,4 @@ def size_of(content: bytes) -> tuple[int, int]:
             orientation = Image.Image.getexif(image).get(_EXIF_ORIENTATION, 1)
         except Exception:  # what can't be read as EXIF turns nothing, see `transforms.to_rgb`
             orientation = 1
-        return (height, width) if orientation >= _FIRST_TURNED else (width, height)
+        return (height, width) if orientation in _ON_ITS_SIDE else (width, height)

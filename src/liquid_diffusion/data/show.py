@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from liquid_diffusion.config import ShowConfig, TrainConfig
-from liquid_diffusion.data.registry import describe, find_facts
+from liquid_diffusion.data.registry import describe
 from liquid_diffusion.errors import UserError
 from liquid_diffusion.resolve import FACTORS, check_size, resolve
 from liquid_diffusion.writing import save_picture, writing_to
@@ -56,6 +56,7 @@ def show(source: str, config: ShowConfig) -> str:
     """
     from liquid_diffusion.data.feed import describe as describe_feed
     from liquid_diffusion.data.feed import open_batches, open_pictures
+    from liquid_diffusion.data.sources import known_facts
     from liquid_diffusion.data.transforms import to_float, to_pil
     from liquid_diffusion.grid import draw_grid
     from liquid_diffusion.hardware import process_state
@@ -89,7 +90,7 @@ def show(source: str, config: ShowConfig) -> str:
     lines = [f"{out}: {sum(map(len, rows.values()))} of {describe_feed(feed, run, held_out)}."]
     if feed.label_names:
         lines.append(f"Classes: {', '.join(feed.label_names)}.")
-    facts = find_facts(source)
+    facts = known_facts(source)
     if facts is not None and facts.captions:
         lines.append(f"Its captions (column {facts.captions}) are not used: models are conditioned on classes.")
     if skipped:

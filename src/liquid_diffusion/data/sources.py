@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path, PurePath, PurePosixPath
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import pi_heif
 from PIL import Image, UnidentifiedImageError
@@ -32,17 +32,46 @@ if Image.MAX_IMAGE_PIXELS is not None:
 _SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation"})  # which are no classes
 
 
+def _is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is hidden, or one that a system makes for itself."""
+    return name.startswith(".") or name in ("__MACOSX", "lost+found")
+
+
 def is_picture(path: PurePath) -> bool:
     """Whether a path, inside its folder or archive, is that of a picture.
 
     By its ending; and nothing hidden is one, nor what macOS and Jupyter put beside pictures.
     """
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
-    return path.suffix.lower() in PICTURE_ENDINGS and not hidden
+    return path.suffix.lower() in PICTURE_ENDINGS and not any(map(_is_hidden, path.parts))
+
+
+class BadPicture(NamedTuple):
+    """A picture that can't be read: what a person can find it by, and why."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
 
 
 class BadPictureError(Exception):
-    """One picture of a source can't be read; the message names it and says why."""
+    """One picture of a source can't be read.
+
+    Args:
+        reason: why.
+        name: of the picture, if whoever raises it knows it.
+
+    Attributes:
+        picture: the two.
+    """
+
+    def __init__(self, reason: object, name: str = "") -> None:
+        super().__init__(str(reason), name)
+        self.picture = BadPicture(name, str(reason))
+
+    def __str__(self) -> str:
+        return str(self.picture) if self.picture.name else self.picture.reason
 
 
 class Source(Protocol):
@@ -88,10 +117,10 @@ def decode(content: bytes | None, name: str, shape: Shape | None = None) -> Imag
             quarter or an eighth, never to less than twice of them, which spares most of the time for a photograph.
 
     Raises:
-        BadPictureError: they are None or no picture; the message starts with `name`.
+        BadPictureError: they are None or no picture.
     """
     if content is None:
-        raise BadPictureError(f"{name}: there is nothing")
+        raise BadPictureError("there is nothing", name)
     try:
         with Image.open(io.BytesIO(content)) as image:
             if shape is not None:
@@ -99,9 +128,9 @@ def decode(content: bytes | None, name: str, shape: Shape | None = None) -> Imag
                 image.draft(None, (side, side))
             return to_rgb(image)
     except UnidentifiedImageError as error:  # whose own words name an object in memory
-        raise BadPictureError(f"{name}: it is no picture") from error
+        raise BadPictureError("it is no picture", name) from error
     except Exception as error:  # a decoder may raise anything: struct.error, RuntimeError, ...
-        raise BadPictureError(f"{name}: {error}") from error
+        raise BadPictureError(error, name) from error
 
 
 def _differing(paths: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
@@ -144,9 +173,18 @@ def _remark(folder: Path, paths: Sequence[tuple[str, ...]]) -> str | None:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """All files in a folder and those within it, links to folders too; not those that lead back to where they lie."""
-    for place, folders, names in os.walk(folder, followlinks=True):
+    """All files in a folder and those within it, links to folders too; not those that lead back to where they lie.
+
+    Raises:
+        OSError: one of these folders can't be read; hidden ones are left out.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
         here = Path(place)
+        folders[:] = [name for name in folders if not _is_hidden(name)]
         links = [name for name in folders if (here / name).is_symlink()]
         if links:
             above = {way.resolve() for way in (here, *here.parents)} | set(here.resolve().parents)
@@ -161,14 +199,19 @@ class FolderSource:
         remark: what a person should know about the classes; None where they are as they look.
 
     Raises:
-        UserError: the folder does not exist or has no pictures.
+        UserError: the folder does not exist, can't be read or has no pictures.
     """
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
             raise UserError(f"There is no folder {folder}.")
         self.folder = folder
-        self.paths = sorted(p for p in _files(folder) if is_picture(p.relative_to(folder)) and p.is_file())
+        try:
+            self.paths = sorted(p for p in _files(folder) if is_picture(p.relative_to(folder)) and p.is_file())
+        except OSError as error:
+            raise UserError(
+                f"{error.filename} can't be read ({error.strerror}); make it readable, or move it out of {folder}."
+            ) from error
         if not self.paths:
             raise UserError(f"There are no pictures in {folder}.")
         parts = [path.relative_to(folder).parts for path in self.paths]
@@ -190,7 +233,7 @@ class FolderSource:
         try:
             return self.paths[index].read_bytes()
         except OSError as error:
-            raise BadPictureError(f"{self.paths[index]}: {error}") from error
+            raise BadPictureError(error, self.name(index)) from error
 
     def read(self, index: int, shape: Shape | None = None) -> tuple[Image.Image, int]:
         return decode(self.content(index), self.name(index), shape), self._labels[index]
@@ -225,7 +268,7 @@ class EmojiSource(FolderSource):
                 self._labels.append(self.label_names.index(emoji.category))
 
 
-def _known(data: str) -> DatasetFacts | None:
+def known_facts(data: str) -> DatasetFacts | None:
     """What is known of `data`, unless it is a folder here, which goes first, as it does in the library `datasets`."""
     return None if data != "emoji" and Path(data).is_dir() else find_facts(data)
 
@@ -250,7 +293,7 @@ def open_source(data: str, image_column: str | None = None, label_column: str | 
     from liquid_diffusion.data.tables import TableSource
     from liquid_diffusion.data.zips import ZipSource
 
-    facts = _known(data)
+    facts = known_facts(data)
     if facts is None and (table := hub.open_local_table(data)) is not None:
         return TableSource(table, data, image_column, label_column)
     if columns and (data == "emoji" or (facts is None and path.is_dir())):
@@ -297,19 +340,25 @@ def open_shards(data: str, image_column: str | None = None, label_column: str | 
         return None
     from liquid_diffusion.data import hub, shards, zips
 
-    facts = _known(data)
+    facts = known_facts(data)
     if facts is None and (parquet := hub.parquet_files(data)):
         return shards.ParquetShards(parquet, data, image_column, label_column)
     if facts is None and Path(data).expanduser().is_dir():
         return None
     found = hub.find_on_hub(data)
     endings = {PurePosixPath(address).suffix.lower() for address in found.files}
+    columns = [name for name in (image_column, label_column) if name is not None]
+    if columns and (endings == {".zip"} or endings <= PICTURE_ENDINGS):
+        raise UserError(
+            f"{found.identifier} consists of {', '.join(sorted(endings))} files, which have no column {columns[0]!r} "
+            "when they are streamed; leave it out (sub-folders give the labels), or leave --streaming out."
+        )
     if endings == {".parquet"}:
         features = found.builder.info.features
         return shards.ParquetShards(found.files, found.identifier, image_column, label_column, features)
     if endings == {".zip"}:
         return zips.ZipShards(found.files, found.identifier, found.unique)
-    if endings <= PICTURE_ENDINGS and label_column is None:
+    if endings <= PICTURE_ENDINGS:
         return shards.LooseShards(found.files, found.identifier)
     raise UserError(
         f"{found.identifier} consists of {', '.join(sorted(endings))} files; parquet, zips and pictures can be "

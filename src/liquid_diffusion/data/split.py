@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-from tqdm import tqdm
-
-from liquid_diffusion.data.parallel import map_in_threads
+from liquid_diffusion.data.parallel import map_pictures
 from liquid_diffusion.data.sources import BadPictureError, Source
 from liquid_diffusion.errors import UserError
 
@@ -43,8 +41,7 @@ def split(source: Source, fraction: float) -> tuple[list[int], list[int]]:
 
     train: list[int] = []
     held_out: list[int] = []
-    every = map_in_threads(chosen, range(len(source)))
-    for index, held in enumerate(tqdm(every, "Splitting", len(source), unit="picture", leave=False, delay=2)):
+    for index, held in enumerate(map_pictures(chosen, range(len(source)), "Splitting")):
         (held_out if held else train).append(index)
     if not train:
         raise UserError(f"All {len(source)} pictures are held out; train with a smaller --val-fraction.")

@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from liquid_diffusion.data.parallel import leave_ending_to_main_process
-from liquid_diffusion.data.pictures import PictureFeed, is_mirrored, stable_hash
+from liquid_diffusion.data.pictures import CHUNKS, CROP, WINDOW, PictureFeed, is_mirrored, stable_hash
 from liquid_diffusion.data.ranged import SourceLostError
 from liquid_diffusion.data.shards import Chunk, Rows, Shards
-from liquid_diffusion.data.sources import BadPictureError, decode
+from liquid_diffusion.data.sources import BadPicture, BadPictureError, decode
 from liquid_diffusion.data.split import is_held_out
 from liquid_diffusion.data.transforms import Shape, to_shape, to_uint8
 from liquid_diffusion.errors import UserError
@@ -35,7 +35,7 @@ _WINDOW = 512  # rows that a lane shuffles, at least; chunks are taken whole
 _FRUITLESS = 10_000  # rows without a picture after which there is none
 
 Position = tuple[int, int]  # epoch of a lane, rows it has passed in it
-_Item = tuple[Tensor, int, list[str]]  # a picture, its label, and the names of bad ones on the way to it
+_Item = tuple[Tensor, int, list[BadPicture]]  # a picture, its label, and the bad ones on the way to it
 _Span = list[tuple[int, int, int]]  # chunks by their number, the first row of each that is meant, and the one after
 
 
@@ -45,7 +45,7 @@ class _Part(TypedDict):
     places: list[int]
     images: Tensor
     labels: list[int]
-    skipped: list[str]
+    skipped: list[BadPicture]
     positions: dict[int, Position]
     error: str | None
 
@@ -97,7 +97,7 @@ class _Reader:
                 raise rows
             return rows.row(index)
         except BadPictureError as error:
-            raise BadPictureError(f"{self._shards.name(self._shards.chunks[number], index)}: {error}") from error
+            raise BadPictureError(error, self._shards.name(self._shards.chunks[number], index)) from error
 
 
 class PictureStream(PictureFeed):
@@ -117,6 +117,8 @@ class PictureStream(PictureFeed):
         positions: where each lane of this process is, after the batches that were given out.
     """
 
+    listing: str | None = None  # `state` tells whether the files changed
+
     def __init__(
         self,
         shards: Shards,
@@ -133,7 +135,7 @@ class PictureStream(PictureFeed):
         self.val_fraction = val_fraction
         self.crop = crop
         self.label_names = list(shards.label_names)
-        self.skipped: list[str] = []  # none is known before it is met
+        self.skipped: list[BadPicture] = []  # none is known before it is met
         self._firsts = list(itertools.accumulate((chunk.rows for chunk in shards.chunks), initial=0))
         self.positions: list[Position] = [(0, 0)] * LANES
         self._reader = _Reader(shards)
@@ -182,7 +184,7 @@ class PictureStream(PictureFeed):
         It is another one in each epoch: a lane whose rows can't be used does not meet the same ones for ever.
         """
         order = list(range(len(self.shards.chunks)))
-        random.Random(stable_hash(self.seed, 4, epoch)).shuffle(order)
+        random.Random(stable_hash(self.seed, CHUNKS, epoch)).shuffle(order)
         place = (lane + epoch) % lanes
         first, stop = (len(self) * border // lanes for border in (place, place + 1))
         window: _Span = []
@@ -208,7 +210,7 @@ class PictureStream(PictureFeed):
         if len(self) < lanes:
             raise UserError(f"{self.shards.origin} has {len(self)} pictures, too few to stream; leave --streaming out.")
         epoch, passed = position
-        skipped: list[str] = []
+        skipped: list[BadPicture] = []
         fruitless = 0
         while True:
             windows = list(self._windows(lane, lanes, epoch))
@@ -220,7 +222,7 @@ class PictureStream(PictureFeed):
                     continue
                 following = windows[i + 1] if i + 1 < len(windows) else next(self._windows(lane, lanes, epoch + 1))
                 self._reader.want(lane, [number for number, _, _ in window])
-                random.Random(stable_hash(self.seed, 5, epoch, lane, i)).shuffle(rows)
+                random.Random(stable_hash(self.seed, WINDOW, epoch, lane, i)).shuffle(rows)
                 for taken, (number, row) in enumerate(rows[passed - begun :]):
                     if taken == 1 and ahead:  # not before every lane has asked for what it needs at once
                         self._reader.want(lane, [number for number, _, _ in (*window, *following)])
@@ -229,7 +231,7 @@ class PictureStream(PictureFeed):
                     try:
                         item = self._item(epoch, number, row)
                     except BadPictureError as error:
-                        skipped.append(str(error))
+                        skipped.append(error.picture)
                         item = None
                     if item is not None:
                         yield (*item, skipped), (epoch, passed)
@@ -247,7 +249,7 @@ class PictureStream(PictureFeed):
             return None
         index = self._firsts[number] + row
         image = decode(content, self.shards.name(self.shards.chunks[number], row), self.usual_shape)
-        draws = random.Random(stable_hash(self.seed, 2, epoch, index))
+        draws = random.Random(stable_hash(self.seed, CROP, epoch, index))
         pixels = to_uint8(to_shape(image, self.usual_shape, self.crop, draws))
         return (pixels.flip(-1) if is_mirrored(self.flip, self.seed, epoch, index) else pixels), label
 
@@ -263,7 +265,7 @@ class PictureStream(PictureFeed):
 
     def batches(
         self, batch_size: int, start: int, workers: int, rank: int = 0, world: int = 1
-    ) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+    ) -> Iterator[tuple[Tensor, Tensor, list[BadPicture]]]:
         """Batches from where the lanes are, without end.
 
         The pictures of all lanes take turns, so a batch has some of each. Workers divide the lanes among themselves;
@@ -276,7 +278,7 @@ class PictureStream(PictureFeed):
             rank, world: this process among others, each of which has lanes of its own.
 
         Yields:
-            images (B, 3, H, W) uint8, labels (B,) int64, and the names of pictures that can't be read.
+            images (B, 3, H, W) uint8, labels (B,) int64, and the pictures that can't be read.
 
         Raises:
             UserError: the pictures can't be had any more.
@@ -301,8 +303,8 @@ class PictureStream(PictureFeed):
                 for lane, position in part["positions"].items():
                     self.positions[lane] = position
             labels = torch.tensor([label for part in batch for label in part["labels"]])
-            names = [name for part in batch for name in part["skipped"]]
-            yield torch.cat([part["images"] for part in batch])[order], labels[order], names
+            skipped = [bad for part in batch for bad in part["skipped"]]
+            yield torch.cat([part["images"] for part in batch])[order], labels[order], skipped
 
     def parts(self, batch_size: int, start: int, rank: int, world: int, job: int, jobs: int) -> Iterator[_Part]:
         """What one of `jobs` workers of a process gives to each batch from `start` on."""

@@ -136,10 +136,10 @@ class TableSource:
             picture = row[self._columns.image]
             content = picture["bytes"] if picture["bytes"] is not None else _read_file(picture["path"])
         except (OSError, TypeError) as error:  # an empty cell is None
-            raise BadPictureError(f"{self.name(index)}: {error}") from error
+            raise BadPictureError(error, self.name(index)) from error
         label = self._columns.number(row.get(self._columns.label))
         if label is None:
-            raise BadPictureError(f"{self.name(index)}: it has no label")
+            raise BadPictureError("it has no label", self.name(index))
         return content, label
 
     def content(self, index: int) -> bytes:

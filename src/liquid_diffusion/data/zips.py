@@ -134,7 +134,7 @@ class ZipSource:
         try:
             return self._shards.read(self._rows[index]).row(0)
         except BadPictureError as error:
-            raise BadPictureError(f"{self.name(index)}: {error}") from error
+            raise BadPictureError(error, self.name(index)) from error
 
     def content(self, index: int) -> bytes:
         return self._row(index)[0]

@@ -109,10 +109,12 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
         """One step; the gradients of the orthogonalised weights are gone afterwards."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             if group["orthogonal"]:
                 self._step_orthogonal(group)
-        return super().step(closure)  # which passes over what has no gradient
+        super().step()  # which passes over what has no gradient
+        return loss
 
     def _step_orthogonal(self, group: dict[str, Any]) -> None:
         weights = [weight for weight in group["params"] if weight.grad is not None]

@@ -9,6 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from liquid_diffusion.config import RunConfig, TrainConfig
+from liquid_diffusion.data.feed import Feed
 from liquid_diffusion.data.sources import same_setting
 from liquid_diffusion.errors import UserError
 
@@ -63,16 +64,31 @@ def _wish(name: str, value: Any) -> str:
     return f"leave {flag} out" if value is None else f"say {flag} {value}"
 
 
-def check_same_data(checkpoint: Path, before: dict[str, Any], data: str, pictures: int, label_names: list[str]) -> None:
+def data_facts(feed: Feed) -> dict[str, Any]:
+    """What a run that goes on must find again: as many pictures, of the same classes and names."""
+    return {"label_names": feed.label_names, "pictures": len(feed), "listing": feed.listing}
+
+
+def check_same_data(checkpoint: Path, before: dict[str, Any], data: str, feed: Feed) -> None:
     """Look whether the data are those that a checkpoint was trained on.
 
+    Args:
+        checkpoint: for the words.
+        before: its facts.
+        data: what a person calls the data.
+        feed: the data now.
+
     Raises:
-        UserError: they have another number of pictures or other classes.
+        UserError: they are others.
     """
-    if before["pictures"] != pictures:
-        what = f"it had {before['pictures']} pictures, now {pictures}"
-    elif before["label_names"] != label_names:
-        what = f"its classes were {_listed(before['label_names'])}, now {_listed(label_names)}"
+    now = data_facts(feed)
+    listings = {before.get("listing"), now["listing"]} - {None}  # one side may not know: an older run, or a table
+    if before["pictures"] != now["pictures"]:
+        what = f"it had {before['pictures']} pictures, now {now['pictures']}"
+    elif before["label_names"] != now["label_names"]:
+        what = f"its classes were {_listed(before['label_names'])}, now {_listed(now['label_names'])}"
+    elif len(listings) > 1:
+        what = "files were added, removed, renamed, or moved between classes"
     else:
         return
     raise UserError(

@@ -16,6 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from liquid_diffusion.config import RunConfig
+from liquid_diffusion.data.sources import BadPicture
 from liquid_diffusion.errors import UserError
 from liquid_diffusion.pipeline import LiquidDiffusionPipeline
 from liquid_diffusion.writing import LOCK, claim, save_picture, write_whole, writing_to
@@ -30,7 +31,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._skipped: set[str] = set()
+        self._skipped: set[BadPicture] = set()
         self._read = 0  # bytes of skipped.jsonl that are known
         self._told = 0  # pictures that were told of
         self._lock: BaseFileLock | None = None
@@ -89,41 +90,41 @@ class RunFolder:
             self._lock = claim(self.path)
             write_whole(self.config_file, yaml.safe_dump(asdict(config), sort_keys=False))
 
-    def note_skipped(self, messages: Sequence[str], pictures: int) -> None:
+    def note_skipped(self, skipped: Sequence[BadPicture], pictures: int) -> None:
         """Name pictures that can't be read in RUN/skipped.jsonl, each once, and say how many of `pictures` they are.
 
         It is said at the first, and each time that they are twice as many.
 
         Args:
-            messages: "NAME: REASON" each.
+            skipped: may be known already.
             pictures: how many there are, these included.
 
         Raises:
             UserError: the disk is full.
         """
-        if self._skipped.issuperset(messages):
+        if self._skipped.issuperset(skipped):
             return
-        skipped = self.path / "skipped.jsonl"
-        with writing_to(skipped):
-            self._read_skipped(skipped)
-            new = [message for message in dict.fromkeys(messages) if message not in self._skipped]
+        path = self.path / "skipped.jsonl"
+        with writing_to(path):
+            self._read_skipped(path)
+            new = [bad for bad in dict.fromkeys(skipped) if bad not in self._skipped]
             if new:
-                with skipped.open("a") as file:
-                    for name, _, reason in (message.partition(": ") for message in new):
+                with path.open("a") as file:
+                    for name, reason in new:
                         file.write(json.dumps({"picture": name, "reason": reason}) + "\n")
         self._skipped.update(new)
         if not new or len(self._skipped) < 2 * self._told:  # thousands of bad pictures are told of a dozen times
             return
         self._told = len(self._skipped)
         warning = " That is more than 5 %: look at your data." if len(self._skipped) > 0.05 * pictures else ""
-        name = new[0].encode(errors="backslashreplace").decode()  # of a file that is not named in UTF-8
+        name = str(new[0]).encode(errors="backslashreplace").decode()  # of a file that is not named in UTF-8
         tqdm.write(f"Skipped {self._told} picture{'s' * (self._told > 1)} that can't be read, e.g. {name}.{warning}")
 
-    def _read_skipped(self, skipped: Path) -> None:
+    def _read_skipped(self, path: Path) -> None:
         """What has come to the file: of this run before it was stopped, or of other processes, which meet them too."""
-        if not skipped.is_file():
+        if not path.is_file():
             return
-        with skipped.open("rb") as file:
+        with path.open("rb") as file:
             file.seek(self._read)
             added = file.read()
         whole = added[: added.rfind(b"\n") + 1]  # another process may be writing the last line
@@ -131,7 +132,7 @@ class RunFolder:
         for line in whole.splitlines():
             with contextlib.suppress(ValueError, KeyError):  # cut short as a process was killed
                 known = json.loads(line)
-                self._skipped.add(f"{known['picture']}: {known['reason']}")
+                self._skipped.add(BadPicture(known["picture"], known["reason"]))
 
     def save_samples(self, sheet: Image.Image, step: int) -> Path:
         """RUN/samples/step-000500.png."""

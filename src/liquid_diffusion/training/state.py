@@ -87,6 +87,9 @@ class TrainingState:
         try:
             self.accelerator.load_state(str(folder))
             averaged = torch.load(folder / "ema.pt", map_location="cpu", weights_only=True)
+            generator = torch.load(self._own(folder, "generator", "pt"), map_location="cpu", weights_only=True)
+            if self.stream is not None:
+                position = json.loads(self._own(folder, "stream", "json").read_text())
         except (UnpicklingError, RuntimeError, ValueError, SafetensorError) as error:
             if is_out_of_memory(error):
                 raise
@@ -96,10 +99,9 @@ class TrainingState:
             ) from error
         self.ema.load_state_dict(averaged)
         self._place_averages()
-        generator = torch.load(self._own(folder, "generator", "pt"), map_location="cpu", weights_only=True)
         self.generator.set_state(generator)
         if self.stream is not None:
-            self.stream.load_state(json.loads(self._own(folder, "stream", "json").read_text()))
+            self.stream.load_state(position)
 
     def _place_averages(self) -> None:
         self.ema.to("cpu" if self._ema_on_cpu else self.accelerator.device)

@@ -23,6 +23,7 @@ from liquid_diffusion.codecs import AutoencoderCodec, make_codec
 from liquid_diffusion.config import GUIDANCE, TrainConfig
 from liquid_diffusion.data.feed import Feed, describe, open_batches, open_latents, open_pictures
 from liquid_diffusion.data.ranged import SourceLostError
+from liquid_diffusion.data.sources import BadPicture
 from liquid_diffusion.data.stream import PictureStream
 from liquid_diffusion.errors import UserError
 from liquid_diffusion.estimate import shortage_of_run
@@ -36,7 +37,7 @@ from liquid_diffusion.sampling import make_scheduler
 from liquid_diffusion.training.checkpoint import CheckpointFolder
 from liquid_diffusion.training.compilation import compile_blocks
 from liquid_diffusion.training.learning_rate import learning_rate_factor
-from liquid_diffusion.training.resume import check_same_data, check_same_run, machine_facts
+from liquid_diffusion.training.resume import check_same_data, check_same_run, data_facts, machine_facts
 from liquid_diffusion.training.run_folder import RunFolder
 from liquid_diffusion.training.state import TrainingState
 from liquid_diffusion.training.step import TrainingStep
@@ -60,7 +61,8 @@ class Trainer:
     """A run, new or gone on with.
 
     Making one does all that can fail because of what a person said; it writes nothing into a run folder that is not
-    its own.
+    its own. Of a run that has no step to go nothing is opened: it has no data set, codec, model or state, and can only
+    be pushed.
 
     Args:
         config: the run; what is None in it is decided by `resolve.resolve`.
@@ -82,6 +84,10 @@ class Trainer:
         found = self.checkpoints.latest()
         if found is not None:
             check_same_run(self.folder.path, found[2], run, self.accelerator)
+        self.step = 0 if found is None else found[1]
+        self._opened = not self.finished
+        if self.finished:  # its data may be gone
+            return
         if device.type == "cpu":
             keep_freed_memory()
 
@@ -107,10 +113,9 @@ class Trainer:
 
         self.training_step = TrainingStep(self.accelerator, self.state, run, self.dataset, self.codec)
 
-        self.step = 0
         if found is not None:
-            self._load(*found)
-        if self.accelerator.is_main_process and not self.finished:
+            self._load(found[0], found[2])
+        if self.accelerator.is_main_process:
             self._begin()
             self.folder.note_skipped(self.dataset.skipped, self.dataset.total)
         self.accelerator.wait_for_everyone()
@@ -134,6 +139,8 @@ class Trainer:
 
     def summary(self) -> str:
         """What is about to be trained, in one line."""
+        if not self._opened:
+            return f"{self.folder.path} has reached its {self.step:,} steps; give more steps to train on."
         millions = sum(p.numel() for p in self.model.parameters()) / 1e6
         start = f", going on from step {self.step}" if self.step else ""
         precision = "fp32" if self.accelerator.mixed_precision == "no" else self.accelerator.mixed_precision
@@ -149,7 +156,7 @@ class Trainer:
     def memory_warning(self) -> str | None:
         """Whether the training won't fit the card, in words, before it is tried; None where it does or nobody knows."""
         free = free_memory(self.accelerator.device)
-        if free is None:
+        if free is None or not self._opened:
             return None
         return shortage_of_run(self.config, len(self.dataset.label_names), self.accelerator.mixed_precision, free)
 
@@ -185,19 +192,17 @@ class Trainer:
             facts = {
                 "config": asdict(self.config),
                 "codec": self.codec.state(),
-                "label_names": self.dataset.label_names,
-                "pictures": len(self.dataset),
+                **data_facts(self.dataset),
                 "machine": machine_facts(self.accelerator),
             }
             self.checkpoints.finish(self.step, facts)
         accelerator.wait_for_everyone()
         return self.checkpoints.all()[-1]
 
-    def _load(self, folder: Path, step: int, facts: dict[str, Any]) -> None:
-        check_same_data(folder, facts, self.config.data, len(self.dataset), self.dataset.label_names)
+    def _load(self, folder: Path, facts: dict[str, Any]) -> None:
+        check_same_data(folder, facts, self.config.data, self.dataset)
         self.state.load(folder)
         self.codec.set_statistics(facts["codec"]["mean"], facts["codec"]["std"])
-        self.step = step
 
     def pipeline(self) -> LiquidDiffusionPipeline:
         """A pipeline of the model as it is now, sharing its weights."""
@@ -216,7 +221,7 @@ class Trainer:
 
     # ---- training
 
-    def _batches(self) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor, list[BadPicture]]]:
         return open_batches(self.dataset, self.config.batch_size, self.step, self.config.workers)
 
     def train_step(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -251,8 +256,11 @@ class Trainer:
 
     def steps(self) -> Iterator[StepResult]:
         """Train from where the run is to its last step, one at a time; nothing is written but skipped.jsonl."""
-        if self.config.compile and not self.finished:
+        if self.finished:
+            return
+        if self.config.compile:
             self._compile()
+        self._since = time.perf_counter()  # compiling is not part of a step
         batches = self._batches()
         while not self.finished:  # a stream is not read further than it is trained on
             images, labels, skipped = next(batches)
@@ -287,7 +295,7 @@ class Trainer:
         )
         losses: list[Tensor] = []
         first = self.step + 1
-        stopping, since = False, time.perf_counter()
+        stopping = False
         with (
             self._saved_if_the_source_is_lost(losses),
             StopRequest() as stop,
@@ -300,12 +308,13 @@ class Trainer:
                     bar.unpause()  # the time left is not told from a first step in which all is compiled
                 bar.update()
                 saving = self.step % config.checkpoint_every == 0 or self.finished
-                due = self.step % config.log_every == 0 or saving
+                drawing = self.step % config.sample_every == 0 or self.finished
+                due = self.step % config.log_every == 0 or saving or drawing  # the clock stops for either
                 # processes have to agree, which costs a round trip: several ask only where the loss is read anyway
                 if due or self.accelerator.num_processes == 1:
                     stopping = self._anyone(stop.wanted)
                 if due or stopping:  # the loss is looked at before anything is saved
-                    values = self._metrics(losses, time.perf_counter() - since)
+                    values = self._metrics(losses)
                     losses.clear()
                     bar.set_postfix(loss=f"{values['loss']:.3f}", images_s=f"{values['images_per_second']:.0f}")
                     if log:
@@ -313,14 +322,14 @@ class Trainer:
                 if saving or stopping:
                     bar.set_description("Saving")
                     self.save()
-                if main and (self.step % config.sample_every == 0 or self.finished):
+                if main and drawing:
                     bar.set_description("Drawing samples")
                     self.draw_samples()  # after saving: a grid that the memory is too small for costs no steps
                 bar.set_description("Training", refresh=False)
                 if stopping:
                     break
                 if not losses:
-                    since = time.perf_counter()
+                    self._since = time.perf_counter()
 
     def push(self) -> None:
         """Push the run, as far as it is saved, to the Hub repository that it was told of, if any.
@@ -351,7 +360,7 @@ class Trainer:
             if self.accelerator.num_processes > 1:
                 raise
             if losses:
-                self._metrics(losses, 1.0)  # what is no number is not saved
+                self._metrics(losses)  # what is no number is not saved
             self.save()
             raise UserError(f"Stopped at step {self.step}; all is saved. {error}") from error
 
@@ -362,8 +371,9 @@ class Trainer:
         votes = self.accelerator.reduce(torch.tensor(float(wanted), device=self.accelerator.device), "sum")
         return bool(votes.item() > 0)
 
-    def _metrics(self, losses: list[Tensor], seconds: float) -> dict[str, float]:
-        loss = torch.stack(losses).mean().item()
+    def _metrics(self, losses: list[Tensor]) -> dict[str, float]:
+        loss = torch.stack(losses).mean().item()  # waits for the steps, which a GPU may still be at
+        seconds = time.perf_counter() - self._since
         if not math.isfinite(loss):
             raise self._no_numbers("The loss is no number")
         pictures = len(losses) * self.config.batch_size * self.accelerator.num_processes
