@@ -67,7 +67,7 @@ def test_the_saved_configuration_goes_on_from_anywhere(
     (tmp_path / "runs" / "a").rename(tmp_path / "moved")
     assert run("train", "--config", "../moved/config.yaml", "--steps", "2") == 0
     assert (tmp_path / "moved" / "checkpoints" / "step-000002").is_dir()
-    assert "going on from step 1" in capsys.readouterr().out
+    assert "resumed from step 1" in capsys.readouterr().out
     assert not list((tmp_path / "elsewhere").iterdir())
     assert run("train", "--config", "../moved/config.yaml", "--out", "b", "--steps", "1") == 0
     assert (tmp_path / "elsewhere" / "b" / "checkpoints" / "step-000001").is_dir()

@@ -91,7 +91,7 @@ class Watch:
 
 
 def train(config: TrainConfig) -> Path:
-    """Train a run, or go on with it, and show how it does; stopping the cell saves it.
+    """Train a run, or resume it, and show how it does; stopping the cell saves it.
 
     Returns:
         The run folder.

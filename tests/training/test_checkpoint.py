@@ -53,7 +53,7 @@ def test_one_that_was_cut_short_is_refused(tmp_path: Path, damage: str) -> None:
         (newest / "weights.bin").unlink()
     else:
         (newest / "manifest.json").write_text('{"step": 10')
-    with pytest.raises(UserError, match=r"step-000010 is cut short .* delete this folder to go on from step-000005"):
+    with pytest.raises(UserError, match=r"step-000010 is cut short .* delete this folder to resume from step-000005"):
         checkpoints.latest()
 
 

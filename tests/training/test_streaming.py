@@ -112,7 +112,7 @@ def test_a_source_that_is_gone_ends_with_the_state_saved(
     assert "404" in error
     table.heal()
     assert train("halves") == 0
-    assert "going on from step" in capsys.readouterr().out
+    assert "resumed from step" in capsys.readouterr().out
     weights = [tmp_path / out / "pipeline/unet/diffusion_pytorch_model.safetensors" for out in ("straight", "halves")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
 

@@ -478,7 +478,7 @@ def test_another_machine_is_said_in_words(quick: Make) -> None:
         changed = json.loads(json.dumps(facts))
         changed["facts"]["machine"][name] = value
         manifest.write_text(json.dumps(changed))
-        mend = "say --precision fp16 to go on with it" if name == "precision" else "go on where it was started"
+        mend = "say --precision fp16 to resume it" if name == "precision" else "resume it where it was started"
         with pytest.raises(UserError, match=f"was trained with {name} {value}, here it would be .*; {mend}"):
             Trainer(quick(precision="auto"))
 
@@ -527,7 +527,7 @@ def test_a_lower_rate_goes_on(quick: Make) -> None:
 def test_compiled_blocks_train_as_they_do(
     quick: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same losses, gone on with too; and where there is no compiler the training goes on without."""
+    """The same losses, after a resume too; and where there is no compiler the training goes on without."""
 
     def losses(name: str, steps: int, **changes: Any) -> list[float]:
         trainer = Trainer(quick(out=str(tmp_path / name), **{"steps": 4, **changes}))
@@ -747,7 +747,7 @@ def test_a_finished_run_needs_nothing_and_keeps_its_configuration(quick: Make, p
 def test_a_wish_for_nothing_is_told_as_one(quick: Make, photos: Path) -> None:
     trainer = Trainer(quick(data=str(photos), steps=1))
     trainer.save()
-    with pytest.raises(UserError, match="leave --label-column out to go on with it"):
+    with pytest.raises(UserError, match="leave --label-column out to resume it"):
         check_same_run(
             trainer.folder.path, trainer.checkpoints.latest()[2],  # type: ignore[index]
             replace(trainer.config, label_column="kind"), trainer.accelerator,

@@ -134,7 +134,7 @@ class _Batches(Dataset[tuple[Tensor, Tensor, list[BadPicture]]]):
 
 
 class Encoding:
-    """An encoding, new or gone on with; of several processes each has one, and they share the work.
+    """An encoding, new or resumed; of several processes each has one, and they share the work.
 
     Making one does all that can fail because of what a person said; nothing is written.
 
@@ -364,7 +364,7 @@ def _nearest_existing(path: Path) -> Path:
 
 
 def encode(config: EncodeConfig) -> None:
-    """Encode a data set, or go on with it; of several processes the first says what is done and where it is.
+    """Encode a data set, or resume that; of several processes the first says what is done and where it is.
 
     Raises:
         UserError: see `Encoding`.

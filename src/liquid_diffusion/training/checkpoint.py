@@ -77,7 +77,7 @@ class CheckpointFolder:
                 if found != size:
                     raise ValueError(f"{name} has {found} of {size} bytes")
         except (OSError, ValueError, KeyError, TypeError) as error:
-            before = f"go on from {folders[-2].name}" if len(folders) > 1 else "start anew"
+            before = f"resume from {folders[-2].name}" if len(folders) > 1 else "start anew"
             raise UserError(
                 f"The checkpoint {newest} is cut short ({error}); delete this folder to {before}."
             ) from error

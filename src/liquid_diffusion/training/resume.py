@@ -1,4 +1,4 @@
-"""Whether a run may go on from a checkpoint: what it is now against what it was then."""
+"""Whether a run may resume from a checkpoint: what it is now against what it was then."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def check_same_run(folder: Path, before: dict[str, Any], config: RunConfig, acce
         if name not in _FREE and not same_setting(name, settings[name], value):
             raise UserError(
                 f"{folder} was trained with {name} {settings[name]}, not {value}; "
-                f"{_wish(name, settings[name])} to go on with it, or choose another --out."
+                f"{_wish(name, settings[name])} to resume it, or choose another --out."
             )
     for name, value in machine_facts(accelerator).items():
         then = before["machine"][name]
         if then != value:
             flag = {"no": "fp32"}.get(then, then)  # accelerate's word for it
-            mend = f"say --precision {flag} to go on with it" if name == "precision" else "go on where it was started"
+            mend = f"say --precision {flag} to resume it" if name == "precision" else "resume it where it was started"
             raise UserError(
                 f"{folder} was trained with {name} {then}, here it would be {value}; {mend}, or choose another --out."
             )

@@ -95,7 +95,7 @@ class TrainingState:
                 raise
             raise UserError(
                 f"The checkpoint {folder} is damaged, or was written by another version of this package: delete it to "
-                "go on from the one before, or choose another --out."
+                "resume from the one before, or choose another --out."
             ) from error
         self.ema.load_state_dict(averaged)
         self._place_averages()

@@ -58,7 +58,7 @@ class StepResult:
 
 
 class Trainer:
-    """A run, new or gone on with.
+    """A run, new or resumed.
 
     Making one does all that can fail because of what a person said; it writes nothing into a run folder that is not
     its own. Of a run that has no step to go nothing is opened: it has no data set, codec, model or state, and can only
@@ -142,7 +142,7 @@ class Trainer:
         if not self._opened:
             return f"{self.folder.path} has reached its {self.step:,} steps; give more steps to train on."
         millions = sum(p.numel() for p in self.model.parameters()) / 1e6
-        start = f", going on from step {self.step}" if self.step else ""
+        start = f", resumed from step {self.step}" if self.step else ""
         precision = "fp32" if self.accelerator.mixed_precision == "no" else self.accelerator.mixed_precision
         data = describe(self.dataset, self.config, self.held_out)
         batch = self.config.batch_size * self.accelerator.num_processes
@@ -352,7 +352,7 @@ class Trainer:
     def _saved_if_the_source_is_lost(self, losses: list[Tensor]) -> Iterator[None]:
         """The state is saved if the pictures can't be had any more within it.
 
-        One of several processes can't save alone, and the others wait for it: they go on from the last checkpoint.
+        One of several processes can't save alone, and the others wait for it: they resume from the last checkpoint.
         """
         try:
             yield
@@ -381,7 +381,7 @@ class Trainer:
 
     def _no_numbers(self, fact: str) -> UserError:
         return UserError(
-            f"{fact} any more at step {self.step}; nothing was written over, so go on from the last "
+            f"{fact} any more at step {self.step}; nothing was written over, so resume from the last "
             f"checkpoint with a lower --lr than {self.config.lr:g}."
         )
 
