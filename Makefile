@@ -68,6 +68,7 @@ bench-memory: install  ## what training takes of a GPU's memory, estimated
 
 SEEDS ?= 0 1 2
 SECONDS ?= 180
+LONG_SECONDS ?= 900
 TUNING_SECONDS ?= 90
 OPTIMIZER ?= muon
 QUALITY = $(BIN)/python benchmarks/quality.py --threads 1 --optimizer $(OPTIMIZER) $(if $(DATA),--data $(DATA))
@@ -81,10 +82,11 @@ quality: bench-installed  ## our model beside peers, equal time and equal images
 
 ablations: bench-installed  ## variants of the liquid block, equal time; after quality, which chooses the learning rate and measures the steps
 	$(QUALITY) --seconds $(SECONDS) --clock table --models ablations --seeds $(SEEDS)
+	$(QUALITY) --seconds $(LONG_SECONDS) --clock table --fractions 1 --models liquid plain "relaxation none" --seeds $(SEEDS)
 
 EMOJI = --data emoji --image-size 32 --model nano
 
-times: bench-installed  ## training times nearer to noise: on the split for choices after quality, and on the emoji
+times: bench-installed  ## training times nearer to noise: on the tuning split after quality, and on the emoji
 	for shift in 1 2; do \
 	  $(QUALITY) --images 32000 --clock cpu --split tune --chosen-rates --fractions 1 --time-shift $$shift \
 	    --seeds 0 1 --models liquid DiTTransformer2DModel; \
