@@ -81,7 +81,7 @@ def test_run_all_and_run_all_again(little_hub: LittleHub, tmp_path: Path) -> Non
     assert written
 
     cells = execute(tmp_path, **small, STEPS=2, HUB_ID="somebody/afhq")
-    assert "going on from step 1" in said(cells)
+    assert "resumed from step 1" in said(cells)
     assert {path: path.stat().st_mtime_ns for path in (run / "latents").rglob("*.safetensors")} == written
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2]
     assert load_pipeline("somebody/afhq").config["label_names"] == ["cat", "dog", "wild"]

@@ -490,7 +490,7 @@ def test_the_precision_that_was_chosen_can_be_said(quick: Make) -> None:
     said = {"no": "fp32"}.get(chosen.accelerator.mixed_precision, chosen.accelerator.mixed_precision)
     Trainer(quick(precision=said))
     other = "bf16" if said == "fp32" else "fp32"
-    with pytest.raises(UserError, match=f"say --precision {said} to go on"):
+    with pytest.raises(UserError, match=f"say --precision {said} to resume it"):
         Trainer(quick(precision=other))
 
 
