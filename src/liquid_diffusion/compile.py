@@ -71,17 +71,15 @@ def _conditions(model: LiquidUNet, t: Tensor, labels: Tensor) -> Tensor:
 
 
 class _FoldedBlock:
-    """A `LiquidBlock` for the conditions (R, T) that will be met; `table` (R, 6 C) has what it takes of each.
+    """A `LiquidBlock` that is told what it takes of a condition, by rows of its `table`.
 
-    Whether they are `shared`, one by all pictures at once, decides how it computes. That a batch has only one picture
-    does not: it is to be the same in a batch of many.
+    Whether a condition is `shared`, one by all pictures at once, decides how it computes. That a batch has only one
+    picture does not: it is to be the same in a batch of many.
     """
 
-    def __init__(self, block: LiquidBlock, conditions: Tensor, shared: bool, dtype: torch.dtype) -> None:
+    def __init__(self, block: LiquidBlock, shared: bool, dtype: torch.dtype) -> None:
         cfc, mix, self.shared = block.cfc, block.mix, shared
         self.relaxed = cfc.relaxation == "liquid"
-        rows = torch.cat([self._rows(block, some) for some in conditions.split(_ROWS)])  # (R, 6, C)
-        self.table = rows.flatten(1).to(dtype)
         weights, biases = [cfc.heads.weight], [cast("Tensor", cfc.heads.bias)]
         if cfc.gate != "none":
             weights, biases = list(weights[0].chunk(2)), list(biases[0].chunk(2))
@@ -96,6 +94,11 @@ class _FoldedBlock:
         self.context = None
         if mix.context is not None:
             self.context = PackedConvolution(mix.context.weight, torch.zeros_like(mix.bias), dtype)
+
+    @classmethod
+    def table(cls, block: LiquidBlock, conditions: Tensor) -> Tensor:
+        """What the block takes of the conditions (R, T) that will be met: (R, 6 C)."""
+        return torch.cat([cls._rows(block, some) for some in conditions.split(_ROWS)]).flatten(1)
 
     @staticmethod
     def _rows(block: LiquidBlock, conditions: Tensor) -> Tensor:
@@ -180,7 +183,7 @@ class CompiledVelocity:
 
         def blocks(stage: nn.Module) -> list[_FoldedBlock]:
             shared = self.any_batch and not self.guided
-            return [_FoldedBlock(cast("LiquidBlock", block), conditions, shared, dtype) for block in stage.children()]
+            return [_FoldedBlock(cast("LiquidBlock", block), shared, dtype) for block in stage.children()]
 
         def convolutions(layers: nn.Module) -> list[PackedConvolution]:
             return [PackedConvolution.of(layer, dtype) for layer in layers.children() if isinstance(layer, nn.Conv2d)]
@@ -197,8 +200,9 @@ class CompiledVelocity:
             channel_norm, weight=model.norm.weight.to(dtype), bias=model.norm.bias.to(dtype), eps=model.norm.eps
         )
         self.head = PackedConvolution.of(model.head, dtype)
-        tables = [block.table for stage in (*self.encoder, self.bottleneck, *self.decoder) for block in stage]
-        self.table, self.table_widths = torch.cat(tables, 1), [table.shape[1] for table in tables]  # as they are run
+        in_order = [block for stage in (*model.encoder, model.bottleneck, *model.decoder) for block in stage.children()]
+        tables = [_FoldedBlock.table(cast("LiquidBlock", block), conditions).to(dtype) for block in in_order]
+        self.table, self.table_widths = torch.cat(tables, 1), [table.shape[1] for table in tables]
         self.recordings: dict[torch.Size, _Recording | None] = {}  # of a GPU; None for a shape that was met once
 
     def _take_labels(self, labels: Tensor | None, classes: int) -> Tensor:
