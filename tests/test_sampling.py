@@ -14,6 +14,7 @@ import torch
 from diffusers import (
     DDPMScheduler,
     DEISMultistepScheduler,
+    DPMSolverMultistepInverseScheduler,
     DPMSolverMultistepScheduler,
     DPMSolverSinglestepScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -89,6 +90,8 @@ def test_schedulers_set_up_for_the_flow() -> None:
     assert ours.config["solver_order"] == 3
     with pytest.raises(UserError, match="DDPMScheduler integrates no rectified flow; take Flow"):
         for_flow(DDPMScheduler())
+    with pytest.raises(UserError, match="DPMSolverMultistepInverseScheduler integrates no rectified flow"):
+        for_flow(DPMSolverMultistepInverseScheduler.from_config(euler.config))
 
 
 def test_a_shift_is_kept() -> None:

@@ -78,7 +78,7 @@ def for_flow(scheduler: SchedulerMixin) -> SchedulerMixin:
         )
     kind, config = type(scheduler), scheduler.config
     known = inspect.signature(kind).parameters
-    if "use_flow_sigmas" in known:
+    if "use_flow_sigmas" in known and hasattr(kind, "set_begin_index"):  # which that from data to noise has not
         if config["use_flow_sigmas"] and config["prediction_type"] == "flow_prediction":
             return scheduler
         own = {name: config[name] for name in known if name in config} | _MULTISTEP
@@ -145,15 +145,14 @@ def solver_times(scheduler: SchedulerMixin, steps: int, device: torch.device | s
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / steps, steps).tolist(), device=device)
     else:
         scheduler.set_timesteps(steps, device=device)
-    # The multistep schedulers round their timesteps to whole numbers: their sigmas are the exact times, and told where
-    # to begin they do not look for the first timestep, which may be there twice.
-    scheduler.set_begin_index(0)
+    # the multistep schedulers round their timesteps to whole numbers; their sigmas are the exact times
     times = [float(sigma) for sigma in scheduler.sigmas[: len(scheduler.timesteps)]]
     if not (times[0] <= 1 and times[-1] >= 0 and all(t >= after for t, after in itertools.pairwise(times))):
         raise UserError(
             f"The times of this {type(scheduler).__name__} do not fall from 1 to 0, as a flow's do: set "
             "use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas, use_lu_lambdas or invert_sigmas to False."
         )
+    scheduler.set_begin_index(0)  # else it looks for the first timestep, which, rounded, may be there twice
     return times
 
 
