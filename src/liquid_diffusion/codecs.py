@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import re
 import warnings
 from collections.abc import Iterable, Iterator
@@ -103,6 +104,18 @@ class PixelCodec(_Normalised):
         self.factor = factor
         self.channels = 3 * factor**2
         self.set_statistics([0.0] * self.channels, [1.0] * self.channels)
+
+    @classmethod
+    def for_channels(cls, channels: int) -> PixelCodec:
+        """The codec of a model with so many channels, three for each pixel of a square.
+
+        Raises:
+            UserError: it is no model of pixels.
+        """
+        factor = math.isqrt(channels // 3)
+        if channels != 3 * factor**2:
+            raise UserError(f"A model of {channels} channels is none of pixels: give it an autoencoder and its codec.")
+        return cls(factor)
 
     def fit(self, batches: Iterable[Tensor]) -> None:
         self._measure(F.pixel_unshuffle(images, self.factor) for images in batches)

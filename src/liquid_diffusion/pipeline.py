@@ -59,14 +59,6 @@ def _whole_number(name: str, value: Any) -> int:
     raise UserError(f"{name} must be a whole number of at least 1, not {value!r}.")
 
 
-def _pixels_for(channels: int) -> PixelCodec:
-    """The codec of a model of pixels with so many channels: 3 in each pixel of a square that is one to the model."""
-    factor = math.isqrt(channels // 3)
-    if channels != 3 * factor**2:
-        raise UserError(f"A model of {channels} channels is none of pixels: give `vae`, and `codec` as it was trained.")
-    return PixelCodec(factor)
-
-
 def _as_python(class_labels: Any) -> Any:
     """Classes that came as an array or a tensor, as numbers."""
     return class_labels.tolist() if isinstance(class_labels, Tensor | np.ndarray | np.generic) else class_labels
@@ -114,7 +106,7 @@ class LiquidDiffusionPipeline(DiffusionPipeline):
         channels, classes = unet.config["in_channels"], unet.config["num_classes"]
         if codec is None and vae is not None:
             raise UserError("Give `codec` beside `vae`: the state of the codec that the model was trained with.")
-        codec = dict(codec or _pixels_for(channels).state())
+        codec = dict(codec or PixelCodec.for_channels(channels).state())
         if vae is None and "factor" not in codec:
             raise UserError(f"The codec {codec['name']} needs its autoencoder, `vae`.")
         if isinstance(label_names, dict):
