@@ -28,7 +28,7 @@ from figures import RESULTS, Row, read_rows
 from peers import EagerLiquidUNet, check_size, compile_for_training, dit, unet2d
 from torch import Tensor, nn
 
-from liquid_diffusion.codecs import AutoencoderCodec, PixelCodec
+from liquid_diffusion.codecs import AutoencoderCodec
 from liquid_diffusion.compile import CompiledVelocity, compile_for_sampling
 from liquid_diffusion.estimate import SD_VAE
 from liquid_diffusion.export import export_onnx
@@ -279,7 +279,8 @@ def edge(models: dict[str, nn.Module], batch: int, size: int, device: torch.devi
 
     ours, times, x, t, labels = evaluation(models, batch, size, device)
     compiled = compile_for_sampling(ours, times, labels[0], dtype=torch.float32)
-    pipeline = LiquidDiffusionPipeline(ours, make_scheduler(), codec=PixelCodec().state())
+    codec = sd_vae(device)
+    pipeline = LiquidDiffusionPipeline(ours, make_scheduler(), codec.vae, codec.state())
     with tempfile.TemporaryDirectory() as folder:
         export_onnx(pipeline, Path(folder))
         options = onnxruntime.SessionOptions()
@@ -298,11 +299,16 @@ def edge(models: dict[str, nn.Module], batch: int, size: int, device: torch.devi
     return functions
 
 
+def sd_vae(device: torch.device) -> AutoencoderCodec:
+    """The codec of the latents, of random weights."""
+    return AutoencoderCodec(AutoencoderKL(**SD_VAE).to(device), "sd-vae")
+
+
 def with_decoder(models: dict[str, nn.Module], batch: int, size: int, device: torch.device) -> dict[str, Callable]:
     """25 evaluations and the SD-VAE's decoder, of random weights: what a person waits for."""
     x, _, labels = batch_of(batch, size, device)
     t = torch.full((batch,), schedule(device)[3], device=device)
-    codec = AutoencoderCodec(AutoencoderKL(**SD_VAE).to(device), "sd-vae")
+    codec = sd_vae(device)
     evaluations = samplings(models, batch, size, device)
 
     def sampling(evaluate: Callable[[], Tensor]) -> Callable[[], None]:

@@ -7,6 +7,7 @@ import speed
 import torch
 from performance_tables import speed_tables
 from speed import STEPS, of_last_processor, take_turns
+from torch import nn
 
 CPU = torch.device("cpu")
 
@@ -28,6 +29,22 @@ def test_a_run_is_as_many_calls_as_fit_into_a_second(monkeypatch: pytest.MonkeyP
     assert times["quick"] == pytest.approx([10.0] * 3)
     assert times["slow"] == pytest.approx([400.0] * 3)
     assert calls == {"quick": 2 + 3 * STEPS, "slow": 2 + 3 * 2}
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, nn.Module]:
+    return speed.build("nano", 8, CPU)
+
+
+@pytest.mark.parametrize("task", [task for task in speed.TASKS if task != "evaluation, all compiled"])  # of a GPU
+def test_every_task_can_be_run(task: str, models: dict[str, nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And where it gives pictures, they are as large as those that went in."""
+    monkeypatch.setattr(speed, "STEPS", 4)
+    monkeypatch.setattr(speed, "compile_for_training", lambda model: None)  # which takes minutes
+    for name, function in speed.TASKS[task](models, 2, 8, CPU).items():
+        out = function()
+        if task.startswith("evaluation"):
+            assert (out[0] if isinstance(out, list) else out).shape == (2, speed.CHANNELS, 8, 8), name
 
 
 def row(machine: str, model: str, median: str, task: str = "evaluation") -> dict[str, str]:
