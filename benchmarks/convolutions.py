@@ -8,15 +8,14 @@ Interleaved in one run, median of 15, milliseconds; it writes benchmarks/results
 
 from __future__ import annotations
 
-import csv
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from performance_tables import CONVOLUTIONS
-from speed import machine
+from figures import RESULTS
+from speed import machine, replace_rows
 from torch import Tensor
 
 from liquid_diffusion.models.depthwise import _weight_gradient, _weight_gradient_in_strips, depthwise_conv
@@ -99,10 +98,7 @@ def measure(dtype: torch.dtype) -> list[dict[str, str]]:
 
 def main() -> None:
     rows = [row for dtype in (torch.float32, torch.bfloat16) for row in measure(dtype)]
-    with CONVOLUTIONS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    replace_rows(RESULTS / "convolutions.csv", rows)
 
 
 if __name__ == "__main__":

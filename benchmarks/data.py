@@ -12,7 +12,6 @@ latents but few channels: it stands for one that costs nothing, beside which the
 from __future__ import annotations
 
 import argparse
-import csv
 import io
 import os
 import statistics
@@ -115,6 +114,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         os.environ["HF_HOME"] = str(folder / "cache")
+        from speed import machine, replace_rows
+
         from liquid_diffusion.data import latents, pictures
 
         pictures.IN_MEMORY_BYTES = latents.IN_MEMORY_BYTES = 0
@@ -134,19 +135,16 @@ def main() -> None:
                     speeds[name].append(read(arguments.steps, False)[0])
             rows = [
                 {
+                    "machine": machine(torch.device("cpu")),
                     "source": name,
                     "pictures_per_second": f"{statistics.median(speeds[name]):.0f}",
                     "least": f"{min(speeds[name]):.0f}",
                     "most": f"{max(speeds[name]):.0f}",
                     "waiting_share": f"{read(arguments.steps, True)[1]:.4f}",
-                    "cores": len(os.sched_getaffinity(0)),
                 }
                 for name, read in readers.items()
             ]
-    with arguments.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    replace_rows(arguments.out, rows)
     print(arguments.out.read_text())
 
 

@@ -133,7 +133,11 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 def _setting(row: Row) -> str:
     threads = f", {row['threads']} thread{'s' if row['threads'] != '1' else ''}" if row["threads"] else ""
-    clock = {"cpu": " of the processor's time", "table": " by the table of step times"}.get(row["clock"], "")
+    clock = {
+        "cpu": " of the processor's time",
+        "table": " by the table of step times",
+        "table AMX": " by the table of step times with AMX",
+    }.get(row["clock"], "")
     budget = f"{row['budget']}{clock}" if row["budget"].endswith(" s") else row["budget"]
     muon = ", all by Muon" if row["optimizer"] == "muon" else ""
     times = "" if float(row["time_shift"]) == 1 else f", training times shifted by {row['time_shift']}"

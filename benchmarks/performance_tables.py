@@ -1,5 +1,5 @@
-"""The tables of docs/performance.md, and of the page of the block before, made from the CSV files in benchmarks/results
-and from nothing else.
+"""The tables of docs/performance.md and docs/performance-amx.md, made from the CSV files in benchmarks/results and from
+nothing else.
 
     python benchmarks/performance_tables.py
 
@@ -11,11 +11,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from figures import NOT_YET, RESULTS, Row, markdown, read_rows, write_tables
-from speed import EACH, FORMER, OURS, of_last_processor
+from speed import EACH, OURS, of_processor
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
-FORMER_DOCUMENT = DOCUMENT.with_name("performance-pooling-gate.md")
-CONVOLUTIONS = RESULTS / "convolutions.csv"
+AMX_DOCUMENT = DOCUMENT.with_name("performance-amx.md")
+FORMER = RESULTS / "former"  # of the blocks before
 Case = tuple[str, str, str, str]  # task, preset, batch, latent
 
 
@@ -51,8 +51,8 @@ def beside(found: dict[Case, dict[str, Row]], header: list[str], places: list[in
 
 
 def speed_tables(rows: list[Row]) -> dict[str, str]:
-    """Tables of the processor measured last."""
-    found = cases(of_last_processor(rows))
+    """Times beside peers, of the rows of one processor."""
+    found = cases(rows)
 
     def of(task: str, preset: str | None = None) -> dict[Case, dict[str, Row]]:
         return {case: models for case, models in found.items() if case[0] == task and preset in (None, case[1])}
@@ -190,35 +190,38 @@ def reading_table(rows: list[Row]) -> str:
     """Where pictures come from, how fast, and how long a training step waits for them."""
     lines = [
         [
+            row["machine"],
             row["source"],
             f"{row['pictures_per_second']} ({row['least']} to {row['most']})",
             f"{float(row['waiting_share']):.1%}",
         ]
         for row in rows
     ]
-    return markdown(["256 px from", "pictures a second", "of a step spent waiting"], lines) if rows else NOT_YET
+    return (
+        markdown(["machine", "256 px from", "pictures a second", "of a step spent waiting"], lines) if rows else NOT_YET
+    )
 
 
-def processor_tables(folder: Path) -> dict[str, str]:
-    """All that the files of a folder tell of processors."""
-    return {
-        **speed_tables(read_rows(folder / "speed.csv")),
-        "profile": profile_table(read_rows(folder / "profile.csv")),
-        "roofline": roofline_table(read_rows(folder / "roofline.csv")),
-    }
+def processor_tables(amx: bool) -> dict[str, str]:
+    """What was measured on the processor with AMX, or without, that it was last measured on."""
+    others = {"profile": profile_table, "roofline": roofline_table, "convolutions": convolution_table}
+
+    def rows(name: str) -> list[Row]:
+        return of_processor(read_rows(RESULTS / f"{name}.csv"), amx)
+
+    return speed_tables(rows("speed")) | {name: table(rows(name)) for name, table in others.items()}
 
 
 def main() -> None:
-    tables = processor_tables(RESULTS)
+    tables = processor_tables(amx=False)
     tables |= gpu_tables(read_rows(FORMER / "speed.csv"))  # no GPU has had the block of today
     tables["steps on a GPU"] = step_time_table(read_rows(FORMER / "step-time.csv"))
     tables["memory beside a GPU"] = beside_gpu_table(read_rows(FORMER / "memory-beside-gpu.csv"))
     tables["memory"] = memory_table(read_rows(RESULTS / "memory.csv"))
     tables["precision"] = precision_table(read_rows(RESULTS / "precision.csv"))
     tables["reading"] = reading_table(read_rows(RESULTS / "data.csv"))
-    tables["convolutions"] = convolution_table(read_rows(CONVOLUTIONS))
     write_tables(tables, DOCUMENT)
-    write_tables(processor_tables(FORMER), FORMER_DOCUMENT)
+    write_tables(processor_tables(amx=True), AMX_DOCUMENT)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,13 @@ replace those of before in benchmarks/results/precision.csv.
 
 from __future__ import annotations
 
-import csv
 import statistics
 from collections.abc import Callable
 
 import torch
 from diffusers import AutoencoderKL
-from figures import RESULTS, read_rows
-from speed import CHANNELS, CLASSES, batch_of, machine, schedule, take_turns
+from figures import RESULTS, Row
+from speed import CHANNELS, CLASSES, batch_of, machine, replace_rows, schedule, take_turns
 
 from liquid_diffusion.compile import compile_for_sampling
 from liquid_diffusion.estimate import SD_VAE
@@ -23,7 +22,6 @@ from liquid_diffusion.hardware import keep_freed_memory
 from liquid_diffusion.models.unet import LiquidUNet
 
 PRECISION = RESULTS / "precision.csv"
-COLUMNS = ["machine", "what", "float32_ms", "bfloat16_ms", "least_ratio", "most_ratio", "runs"]
 CASES = [("nano", 8, 16), ("tiny", 1, 32), ("tiny", 8, 32), ("tiny", 8, 64)]  # preset, batch, latent
 RUNS = 7
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -73,7 +71,7 @@ def main() -> None:
         functions[f"evaluation, {preset}, batch {batch}, latent {size}"] = evaluations(model, batch, size)
     functions["SD-VAE's decoder, 256 px"] = decodings()
     here = machine(torch.device("cpu"))
-    rows = [row for row in read_rows(PRECISION) if row["machine"] != here]
+    rows: list[Row] = []
     for what, versions in functions.items():
         times = take_turns(versions, RUNS, torch.device("cpu"))
         ratios = [slow / fast for slow, fast in zip(times["float32"], times["bfloat16"], strict=True)]
@@ -81,10 +79,7 @@ def main() -> None:
         spread = {"least_ratio": f"{min(ratios):.2f}", "most_ratio": f"{max(ratios):.2f}"}
         rows.append({"machine": here, "what": what, **medians, **spread, "runs": str(RUNS)})
         print(what, medians, spread, flush=True)
-    with PRECISION.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    replace_rows(PRECISION, rows)
 
 
 if __name__ == "__main__":

@@ -2,22 +2,20 @@
 
 Not compiled, because the fused operators of a compiled model have no names that tell anything.
 
-python benchmarks/profile_step.py        # tiny, batch 8, 32 x 32 latents; to results/profile.csv or profile-gpu.csv
+python benchmarks/profile_step.py        # tiny, batch 8, 32 x 32 latents; to results/profile.csv
 """
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from speed import OURS, build, training_steps
+from figures import RESULTS, Row
+from speed import OURS, build, machine, replace_rows, training_steps
 from torch.profiler import ProfilerActivity, profile
 
 from liquid_diffusion.hardware import keep_freed_memory
 
-RESULTS = Path(__file__).parent / "results"
 STEPS, SHOWN = 5, 12
 
 
@@ -40,17 +38,17 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     keep_freed_memory()
     steps = training_steps(build("tiny", 32, device), 8, 32, device)
-    file_name, digits = ("profile-gpu.csv", 3) if device.type == "cuda" else ("profile.csv", 1)
-    rows: list[list[str]] = []
+    digits = 3 if device.type == "cuda" else 1
+    rows: list[Row] = []
     for name, step in (("eager transcription", "eager transcription"), (OURS, f"{OURS}, not compiled")):
         found = operators(steps[step], device)
         rest = found[SHOWN:]
         found = [*found[:SHOWN], ("all others", sum(row[1] for row in rest), sum(row[2] for row in rest))]
-        rows += [[name, operator, f"{ms:.{digits}f}", f"{calls:.0f}"] for operator, ms, calls in found]
-    for row in rows:
-        print(f"{row[0]:22}{row[1]:60}{row[2]:>8} ms{row[3]:>8}")
-    with (RESULTS / file_name).open("w", newline="") as file:
-        csv.writer(file).writerows([["model", "operator", "ms", "calls"], *rows])
+        for operator, ms, calls in found:
+            what = {"machine": machine(device), "model": name, "operator": operator}
+            rows.append(what | {"ms": f"{ms:.{digits}f}", "calls": f"{calls:.0f}"})
+            print(f"{name:22}{operator:60}{ms:8.{digits}f} ms{calls:8.0f}")
+    replace_rows(RESULTS / "profile.csv", rows)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ same data, codec, flow, optimiser, average and sampler (Heun, 25 steps, no guida
 learning rates.
 
 By the clock "table" equal time is a number of steps for each model, by step times that were taken in turns in one run:
-what a busy neighbour does to one turn it does to all models, and trainings of different hours can be compared.
+what a busy neighbour does to one turn it does to all models, and trainings of different hours can be compared. Another
+processor has other step times, and may have a table of its own (`--table AMX`), by which one can train anywhere.
 """
 
 from __future__ import annotations
@@ -175,7 +176,7 @@ class Comparison:
             threads = {"machine": machine(self.device), "threads": self._threads()}
             rows.append({"model": name, **facts, **found, **threads})
             print(f"{name}: {middle:.1f} ms a step ({least:.1f} to {most:.1f})", flush=True)
-        append_rows(STEP_TIMES, STEP_TIME_COLUMNS, rows)
+        append_rows(step_time_table(self.options), STEP_TIME_COLUMNS, rows)
 
     def _threads(self) -> int | str:
         return torch.get_num_threads() if self.device.type == "cpu" else ""
@@ -191,7 +192,7 @@ class Comparison:
             "model": name,
             "seed": seed,
             "budget": str(budget),
-            "clock": self.options.clock,
+            "clock": clock_of(self.options),
             "lr": lr,
             "optimizer": self.options.optimizer,
             "time_shift": f"{self.options.time_shift:g}",
@@ -237,12 +238,23 @@ def append_rows(path: Path, columns: list[str], rows: list[dict[str, Any]]) -> N
             writer.writerow({"commit": commit.stdout.strip(), **rounded})
 
 
+def clock_of(options: argparse.Namespace) -> str:
+    """The clock, with the name of its table where that is not the usual one."""
+    return f"table {options.table}" if options.clock == "table" and options.table else options.clock
+
+
+def step_time_table(options: argparse.Namespace) -> Path:
+    return STEP_TIMES.with_name(f"step-time-{options.table}.csv") if options.table else STEP_TIMES
+
+
 def step_times(name: str, options: argparse.Namespace) -> list[dict[str, str]]:
-    """The rows of step-time.csv of a model under these options, oldest first: of any CPU, or of this very GPU."""
+    """The rows of a model in the table of step times under these options, oldest first: of any CPU, or of this GPU."""
     wanted = {"model": name} | {key: str(getattr(options, key)) for key in ("size", "preset", "optimizer")}
     if torch.cuda.is_available():
         wanted["machine"] = torch.cuda.get_device_name()
-    rows = [row for row in read_rows(STEP_TIMES) if all(row[key] == value for key, value in wanted.items())]
+    rows = [
+        row for row in read_rows(step_time_table(options)) if all(row[key] == value for key, value in wanted.items())
+    ]
     return rows if torch.cuda.is_available() else [row for row in rows if row["threads"]]
 
 
@@ -267,6 +279,7 @@ def parse() -> argparse.Namespace:
         default="wall",
         help="table: the measured step times; see --measure",
     )
+    parser.add_argument("--table", metavar="NAME", help="of step times: results/step-time-NAME.csv, not step-time.csv")
     parser.add_argument("--measure", type=int, metavar="RUNS", help="train nothing; take that many steps in turns")
     parser.add_argument("--split", choices=("val", "tune"), default="val", help="tune: choose learning rates")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])

@@ -12,25 +12,26 @@ counted and timed without torch.compile, whose fused operators can't be counted.
 
 from __future__ import annotations
 
-import csv
 import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from speed import OURS, build, samplings, take_turns, training_steps
+from figures import RESULTS, Row
+from speed import OURS, build, machine, replace_rows, samplings, take_turns, training_steps
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from liquid_diffusion.hardware import keep_freed_memory
 
-RESULT = Path(__file__).parent / "results" / "roofline.csv"
 CPU = torch.device("cpu")
-COLUMNS = ["task", "model", "latent", "gflop", "gigabytes", "operators", "compute_ms", "memory_ms", "measured_ms"]
+COLUMNS = [
+    *("machine", "task", "model", "latent", "gflop", "gigabytes", "operators"),
+    *("compute_ms", "memory_ms", "measured_ms"),
+]
 
 
 class ByteCounter(TorchDispatchMode):
@@ -97,7 +98,7 @@ def count(function: Callable[[], object]) -> tuple[int, int, int]:
 
 def main() -> None:
     keep_freed_memory()
-    rows = []
+    rows: list[Row] = []
     for latent in (32, 64, 128):
         models = build("tiny", latent, CPU)
         compute, bandwidth = ceilings(latent, 8)
@@ -112,12 +113,12 @@ def main() -> None:
                 flops, moved, operators = count(functions[name])
                 if task == "evaluation" and name == OURS:
                     flops = count(functions[f"{OURS}, not compiled"])[0]
+                counts = [f"{flops / 1e9:.1f}", f"{moved / 1e9:.2f}", str(operators)]
                 limits = [1e3 * flops / compute, 1e3 * moved / bandwidth, statistics.median(times[name])]
-                rows.append([task, name, latent, f"{flops / 1e9:.1f}", f"{moved / 1e9:.2f}", operators])
-                rows[-1] += [f"{limit:.1f}" for limit in limits]
-                print(*rows[-1], flush=True)
-    with RESULT.open("w", newline="") as file:
-        csv.writer(file).writerows([COLUMNS, *rows])
+                found = [machine(CPU), task, name, str(latent), *counts, *(f"{limit:.1f}" for limit in limits)]
+                rows.append(dict(zip(COLUMNS, found, strict=True)))
+                print(*found[1:], flush=True)
+    replace_rows(RESULTS / "roofline.csv", rows)
 
 
 if __name__ == "__main__":

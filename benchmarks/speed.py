@@ -38,7 +38,6 @@ from liquid_diffusion.pipeline import LiquidDiffusionPipeline
 from liquid_diffusion.sampling import make_scheduler, solver_times
 from liquid_diffusion.training.recording import RecordedGradients
 
-FORMER = RESULTS / "former"  # of the blocks before
 CHANNELS, CLASSES, STEPS = 4, 9, 25
 _CALLS_ON_A_GPU = 10
 _SECONDS_OF_A_RUN = 1.0  # on a CPU
@@ -379,22 +378,29 @@ def measure(preset: str, sizes: list[int], batches: list[int], tasks: list[str],
                     file.flush()
 
 
-def of_last_processor(rows: list[Row]) -> list[Row]:
-    """Rows of the processor that was measured last; a GPU is none."""
-    rows = [row for row in rows if not row["machine"].startswith("NVIDIA")]
+def of_processor(rows: list[Row], amx: bool) -> list[Row]:
+    """Rows of the processor with AMX that was measured last, or of the one without; a GPU is neither."""
+    rows = [row for row in rows if not row["machine"].startswith("NVIDIA") and row["machine"].endswith("AMX") == amx]
     return [row for row in rows if row["machine"] == rows[-1]["machine"]]
 
 
-def draw(path: Path, picture: Path) -> None:
-    """Time of an evaluation of tiny against pixels, with the fitted exponent, on the processor measured last."""
+def replace_rows(path: Path, rows: list[Row]) -> None:
+    """Write the rows of a machine into a CSV, in place of those that it had there."""
+    rows = [row for row in read_rows(path) if row["machine"] != rows[0]["machine"]] + rows
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def draw(rows: list[Row], picture: Path) -> None:
+    """Time of an evaluation of tiny against pixels, with the fitted exponent; of rows of one processor."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = [
-        row for row in of_last_processor(read_rows(path)) if row["preset"] == "tiny" and row["task"] == "evaluation"
-    ]
+    rows = [row for row in rows if row["preset"] == "tiny" and row["task"] == "evaluation"]
     if not rows:
         return
     batch = max((row["batch"] for row in rows), key=int)
@@ -429,8 +435,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.plot:
         measure(arguments.preset, arguments.sizes, arguments.batches, arguments.tasks, arguments.runs)
-    draw(RESULTS / "speed.csv", RESULTS / "speed.png")
-    draw(FORMER / "speed.csv", RESULTS / "speed-former.png")
+    rows = read_rows(RESULTS / "speed.csv")
+    draw(of_processor(rows, amx=False), RESULTS / "speed.png")
+    draw(of_processor(rows, amx=True), RESULTS / "speed-amx.png")
 
 
 if __name__ == "__main__":

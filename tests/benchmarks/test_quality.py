@@ -133,6 +133,14 @@ def test_equal_time_by_the_table_of_step_times(folder: Path, monkeypatch: pytest
         ("plain", "table", "2", "0.8"),
         ("plain", "table", "3", "1.2"),
     ]
+    with pytest.raises(SystemExit, match="Nobody has measured a step of liquid"):
+        run("--seconds", "1", "--clock", "table", "--table", "other")
+    twice = slow | {"median_ms": "600"}
+    quality.append_rows(folder / "step-time-other.csv", quality.STEP_TIME_COLUMNS, [twice, twice | {"model": "plain"}])
+    run("--seconds", "1", "--clock", "table", "--table", "other", "--fractions", "1")  # none of them is there already
+    with (folder / "quality.csv").open() as file:
+        rows = [(row["model"], row["clock"], row["steps"], row["seconds"]) for row in csv.DictReader(file)]
+    assert rows[4:] == [("liquid", "table other", "2", "1.2"), ("plain", "table other", "2", "1.2")]
     assert "by the table of step times" in (folder / "ablations.md").read_text()
 
 

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import speed
 import torch
+from figures import read_rows
 from performance_tables import speed_tables
-from speed import STEPS, of_last_processor, take_turns
+from speed import STEPS, of_processor, take_turns
 from torch import nn
 
 CPU = torch.device("cpu")
@@ -52,14 +54,26 @@ def row(machine: str, model: str, median: str, task: str = "evaluation") -> dict
     return {"machine": machine, "model": model, "median_ms": median, "least_ms": "1.0", "most_ms": "99.0", **case}
 
 
-def test_tables_are_of_the_processor_measured_last_and_of_its_newest_rows() -> None:
+def test_tables_are_of_one_processor_and_of_its_newest_rows() -> None:
     rows = [
-        row("2 cores x86_64, AMX", speed.OURS, "10.0"),
         row("4 cores arm64, no bfloat16", speed.OURS, "50.0"),
         row("4 cores arm64, no bfloat16", speed.OURS, "20.0"),
+        row("2 cores x86_64, AMX", speed.OURS, "10.0"),
+        row("2 cores x86_64, AMX", "peer", "15.0"),
         row("4 cores arm64, no bfloat16", "peer", "70.0"),
+        row("8 cores x86_64, AMX", speed.OURS, "5.0"),
         row("NVIDIA H100", speed.OURS, "1.0"),
     ]
-    assert [found["machine"] for found in of_last_processor(rows)] == ["4 cores arm64, no bfloat16"] * 3
-    assert "| 8 | 32 | 20.0 (1.0 to 99.0) | 70.0, **3.5 x** |" in speed_tables(rows)["evaluation"]
-    assert of_last_processor([]) == []
+    without = of_processor(rows, amx=False)
+    assert [found["machine"] for found in without] == ["4 cores arm64, no bfloat16"] * 3
+    assert [found["machine"] for found in of_processor(rows, amx=True)] == ["8 cores x86_64, AMX"]
+    assert "| 8 | 32 | 20.0 (1.0 to 99.0) | 70.0, **3.5 x** |" in speed_tables(without)["evaluation"]
+    assert of_processor([], amx=True) == []
+
+
+def test_new_rows_of_a_machine_take_the_place_of_its_old_ones(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    speed.replace_rows(path, [row("A", "ours", "1.0"), row("A", "peer", "2.0")])
+    speed.replace_rows(path, [row("B", "ours", "3.0")])
+    speed.replace_rows(path, [row("A", "ours", "4.0")])
+    assert read_rows(path) == [row("B", "ours", "3.0"), row("A", "ours", "4.0")]
