@@ -55,7 +55,7 @@ def depthwise(shape: tuple[int, int, int, int], dtype: torch.dtype) -> list[floa
     return milliseconds(
         [
             lambda: _weight_gradient_in_strips(grad, plain),
-            lambda: _weight_gradient(grad, plain, 7),
+            lambda: _weight_gradient(grad, plain, 7, 7),
             step(depthwise_conv, x, kernel),
             step(lambda x, k: F.conv2d(x, k, padding=3, groups=x.shape[1]), x, kernel),
         ]

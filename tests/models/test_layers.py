@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from liquid_diffusion.models.layers import ConditionEmbedding, PointwiseConv, PositionEmbedding
+from liquid_diffusion.models.layers import ConditionEmbedding, PointwiseConv, PositionEmbedding, add_to_each
 
 
 def test_the_embedding_of_time_is_made_of_waves_of_its_logit() -> None:
@@ -40,6 +40,18 @@ def test_places_are_told_by_coordinates_and_waves(height: int, width: int) -> No
                 told += [np.sin(wave * y), np.sin(wave * x), np.cos(wave * y), np.cos(wave * x)]
             expected[:, i, j] = weight @ np.array(told)
     np.testing.assert_allclose(embedding(picture)[0].detach().numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_what_is_added_to_each_picture_has_the_sum_of_their_gradients(layout: torch.memory_format) -> None:
+    x, same, told = torch.randn(3, 5, 4, 6), torch.randn(1, 5, 4, 6), torch.randn(3, 5, 4, 6)
+    leaves = [leaf.contiguous(memory_format=layout).requires_grad_() for leaf in (x, same)]
+    y = add_to_each(*leaves)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    np.testing.assert_array_equal(y.detach().numpy(), (x + same).detach().numpy())
+    of_x, of_same = torch.autograd.grad(y, leaves, told.contiguous(memory_format=torch.channels_last))
+    np.testing.assert_array_equal(of_x.numpy(), told.numpy())
+    np.testing.assert_allclose(of_same.numpy(), told.double().numpy().sum(0, keepdims=True), atol=1e-5)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_KERNEL = 7  # whose backward pass is ours
-_PAD = _KERNEL // 2
+_KERNEL = 7  # whose weight gradient is taken in strips
 # oneDNN has a fast weight gradient for depthwise kernels at most three wide; a wider one falls back to a
 # reference loop. Measured at (64, 64, 16, 16) in bfloat16 on two cores: 7x7 17.3 ms, 7x3 0.6 ms.
 _STRIP = 3
@@ -38,7 +37,7 @@ def merge_kernels(kernels: Sequence[Tensor]) -> Tensor:
 
 
 def depthwise_conv(x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Depthwise convolution with "same" zero padding; one of 7x7 at every device's fastest path.
+    """Depthwise convolution with "same" zero padding, on a CPU with a backward pass of ours.
 
     Args:
         x: (B, C, H, W); on a CPU `channels_last` is many times faster.
@@ -52,16 +51,21 @@ def depthwise_conv(x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Ten
     if bias is not None:
         bias = bias.to(x.dtype)
     with torch.autocast(x.device.type, enabled=False):
-        if x.device.type != "cpu" or not torch.is_grad_enabled() or kernel.shape[-1] != _KERNEL:
-            return F.conv2d(x, kernel, bias, padding=kernel.shape[-1] // 2, groups=x.shape[1])
-        function = _DepthwiseConv7 if torch.compiler.is_compiling() else _DepthwiseConv7Forwards
+        if x.device.type != "cpu" or not torch.is_grad_enabled():
+            return _same_conv(x, kernel, bias)
+        function = _DepthwiseConv if torch.compiler.is_compiling() else _DepthwiseConvForwards
         return function.apply(x, kernel, bias)
 
 
-def _weight_gradient(grad: Tensor, x: Tensor, width: int) -> Tensor:
-    """Gradient of a (C, 1, 7, width) depthwise kernel, by the library's own backward."""
-    kernel = x.new_empty(x.shape[1], 1, _KERNEL, width)
-    padding = [_PAD, width // 2]
+def _same_conv(x: Tensor, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The library's depthwise convolution, as large as `x`."""
+    return F.conv2d(x, kernel, bias, padding=kernel.shape[-1] // 2, groups=x.shape[1])
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, height: int, width: int) -> Tensor:
+    """Gradient of a (C, 1, height, width) depthwise kernel, by the library's own backward."""
+    kernel = x.new_empty(x.shape[1], 1, height, width)
+    padding = [height // 2, width // 2]
     return torch.ops.aten.convolution_backward(
         grad, x, kernel, None, [1, 1], padding, [1, 1], False, [0, 0], x.shape[1], [False, True, False]
     )[1]
@@ -79,20 +83,25 @@ def _weight_gradient_in_strips(grad: Tensor, x: Tensor) -> Tensor:
         x, grad = F.pad(x, (0, 0, 0, missing)), F.pad(grad, (0, 0, 0, missing))
     shift = _STRIP - 1
     if x.shape[3] <= shift:
-        return _weight_gradient(grad, x, _KERNEL)
+        return _weight_gradient(grad, x, _KERNEL, _KERNEL)
     near = {"memory_format": torch.channels_last}
-    middle = _weight_gradient(grad, x, _STRIP)
-    left = _weight_gradient(grad[..., shift:].contiguous(**near), x[..., :-shift].contiguous(**near), _STRIP)
-    right = _weight_gradient(grad[..., :-shift].contiguous(**near), x[..., shift:].contiguous(**near), _STRIP)
+    strip = (_KERNEL, _STRIP)
+    middle = _weight_gradient(grad, x, *strip)
+    left = _weight_gradient(grad[..., shift:].contiguous(**near), x[..., :-shift].contiguous(**near), *strip)
+    right = _weight_gradient(grad[..., :-shift].contiguous(**near), x[..., shift:].contiguous(**near), *strip)
     return torch.cat([left[..., :shift], middle, right[..., 1:]], dim=-1)
 
 
-class _DepthwiseConv7(torch.autograd.Function):
-    """F.conv2d with another way to the same gradients, which can be differentiated again."""
+class _DepthwiseConv(torch.autograd.Function):
+    """F.conv2d with another way to the same gradients, which can be differentiated again.
+
+    The gradient of the input is a forward convolution, which is faster than its own backward pass, and without which
+    torch.compile (2.13) brings the pictures of the backward pass into the memory layout of the kernel's gradient.
+    """
 
     @staticmethod
     def forward(x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv2d(x, kernel, bias, padding=_PAD, groups=x.shape[1])
+        return _same_conv(x, kernel, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
@@ -107,20 +116,21 @@ class _DepthwiseConv7(torch.autograd.Function):
         grad = grad.contiguous(memory_format=torch.channels_last)
         needs_x, needs_kernel, needs_bias = ctx.needs_input_grad
         grad_x = grad_kernel = grad_bias = None
-        if needs_x:  # correlation with the turned kernel: the forward kernel is twice as fast as its own backward
-            grad_x = F.conv2d(grad, kernel.flip(2, 3), padding=_PAD, groups=x.shape[1])
+        if needs_x:
+            grad_x = _same_conv(grad, kernel.flip(2, 3))
         if needs_kernel:
-            grad_kernel = _weight_gradient_in_strips(grad, x)
+            side = kernel.shape[-1]
+            in_strips = side == _KERNEL
+            grad_kernel = _weight_gradient_in_strips(grad, x) if in_strips else _weight_gradient(grad, x, side, side)
         if needs_bias:
             grad_bias = grad.sum((0, 2, 3))
         return grad_x, grad_kernel, grad_bias
 
 
-class _DepthwiseConv7Forwards(_DepthwiseConv7):
+class _DepthwiseConvForwards(_DepthwiseConv):
     """Which forward-mode differentiation passes too; torch.compile refuses a function with a `jvp`."""
 
     @staticmethod
     def jvp(ctx: Any, dx: Tensor, dkernel: Tensor, dbias: Tensor | None) -> Tensor:
         x, kernel = ctx.saved_tensors
-        how = {"padding": _PAD, "groups": x.shape[1]}
-        return F.conv2d(dx, kernel, dbias, **how) + F.conv2d(x, dkernel, **how)
+        return _same_conv(dx, kernel, dbias) + _same_conv(x, dkernel)

@@ -18,7 +18,14 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor, nn
 
 from liquid_diffusion.errors import UserError
-from liquid_diffusion.models.layers import ChannelNorm, ConditionEmbedding, Downsample, Join, PositionEmbedding
+from liquid_diffusion.models.layers import (
+    ChannelNorm,
+    ConditionEmbedding,
+    Downsample,
+    Join,
+    PositionEmbedding,
+    add_to_each,
+)
 from liquid_diffusion.models.liquid import SCALES, Gate, LiquidBlock, ParallelCfC, Relaxation
 from liquid_diffusion.presets import preset
 
@@ -183,7 +190,7 @@ class LiquidUNet(ModelMixin, ConfigMixin):
         """
         x, skips = sample, []
         condition = self.condition(*self._check_inputs(sample, timestep, class_labels))  # (B, T)
-        x = self.stem(x.contiguous(memory_format=torch.channels_last)) + self.position(x)  # (B, C, H, W)
+        x = add_to_each(self.stem(x.contiguous(memory_format=torch.channels_last)), self.position(x))  # (B, C, H, W)
         for i, stage in enumerate(self.encoder):
             x = self._run(stage, x, condition)
             skips.append(x)
