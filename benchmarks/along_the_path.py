@@ -65,7 +65,7 @@ class Paths:
 
     def __init__(self, options: argparse.Namespace) -> None:
         shared = {"split": "tune", "size": 32, "preset": "nano", "clock": "cpu", "measure": None, "chosen_rates": True}
-        shared |= {"optimizer": "muon", "time_shift": 1.0, "seconds": None, "fractions": [1.0]}
+        shared |= {"optimizer": "muon", "time_shift": 1.0, "fractions": [1.0]}
         self.options = argparse.Namespace(**shared, images=options.images, threads=options.threads, data=options.data)
         self.comparison = Comparison(self.options)
         images, labels, _ = collate([self.comparison.reference.picture(i) for i in range(len(self.comparison.labels))])
