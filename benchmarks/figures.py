@@ -133,11 +133,9 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 def _setting(row: Row) -> str:
     threads = f", {row['threads']} thread{'s' if row['threads'] != '1' else ''}" if row["threads"] else ""
-    clock = {
-        "cpu": " of the processor's time",
-        "table": " by the table of step times",
-        "table AMX": " by the table of step times with AMX",
-    }.get(row["clock"], "")
+    kind, _, table = row["clock"].partition(" ")  # a table of step times may have a name
+    words = {"cpu": " of the processor's time", "table": " by the table of step times"}
+    clock = words.get(kind, "") + (f" ({table})" if table else "")
     budget = f"{row['budget']}{clock}" if row["budget"].endswith(" s") else row["budget"]
     muon = ", all by Muon" if row["optimizer"] == "muon" else ""
     times = "" if float(row["time_shift"]) == 1 else f", training times shifted by {row['time_shift']}"

@@ -176,14 +176,14 @@ def precision_table(rows: list[Row]) -> str:
 
 
 def convolution_table(rows: list[Row]) -> str:
-    """Our convolutions beside the library's, in bfloat16."""
+    """What is trained in a way of ours beside the library's, in bfloat16."""
     lines = []
     for row in rows:
         if row["dtype"] == "bfloat16":
             ratio = float(row["library_ms"]) / float(row["ours_ms"])
             what = [row["convolution"], row["shape"], row["passes"]]
             lines.append([*what, row["ours_ms"], f"{row['library_ms']}, **{ratio:.1f} x**"])
-    return markdown(["convolution", "shape", "", "ours, ms", "the library's"], lines) if lines else NOT_YET
+    return markdown(["operation", "shape", "", "ours, ms", "the library's"], lines) if lines else NOT_YET
 
 
 def reading_table(rows: list[Row]) -> str:

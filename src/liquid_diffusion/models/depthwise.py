@@ -95,8 +95,8 @@ def _weight_gradient_in_strips(grad: Tensor, x: Tensor) -> Tensor:
 class _DepthwiseConv(torch.autograd.Function):
     """F.conv2d with another way to the same gradients, which can be differentiated again.
 
-    The gradient of the input is a forward convolution, which is faster than its own backward pass, and without which
-    torch.compile (2.13) brings the pictures of the backward pass into the memory layout of the kernel's gradient.
+    The gradient of the input is a forward convolution, which of 7x7 is faster than its own backward pass, and without
+    which torch.compile (2.13) brings the pictures of the backward pass into the memory layout of the kernel's gradient.
     """
 
     @staticmethod

@@ -121,8 +121,9 @@ class PositionEmbedding(nn.Module):
 def add_to_each(x: Tensor, same: Tensor) -> Tensor:
     """``x + same`` for pictures x (B, C, H, W) and what is the same for all of them (1, C, H, W).
 
-    The gradient of `same` is a sum over the batch. Of pictures in channels-last torch takes up to 80 times as long for
-    it on a CPU as of rows, so they are added as rows.
+    The gradient of `same` is a sum over the batch, for which torch takes many times as long on a CPU of pictures in
+    channels-last as of rows. So they are added as rows: forward and backward pass of (64, 128, 16, 16) in bfloat16
+    take 1.4 ms in place of 7.5 on two cores with AMX (benchmarks/results/convolutions.csv).
     """
     rows, row = (tensor.permute(0, 2, 3, 1).flatten(1) for tensor in (x, same))  # (B, HWC) and (1, HWC)
     return (rows + row).unflatten(1, (*x.shape[2:], x.shape[1])).permute(0, 3, 1, 2)
